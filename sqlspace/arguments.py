@@ -1,0 +1,136 @@
+"""What callers hand in, checked once, before anything is touched.
+
+Every function returns the value in the one form the rest of the package uses, or raises
+`TypeError` or `ValueError` with the argument's name and the kind of the value it got.
+"""
+
+import json
+import math
+import numbers
+from collections.abc import Iterable
+
+__all__ = [
+    "check_headers",
+    "check_int",
+    "check_key",
+    "check_keys",
+    "check_payload",
+    "check_size",
+    "check_timeout",
+    "check_ttl",
+    "kind",
+]
+
+KEY_BYTES = 1024
+ROW_BYTES = 1_000_000_000  # SQLite's default limit of a row (SQLITE_MAX_LENGTH)
+ROW_OVERHEAD = 256  # the row's other columns, at their longest, and the record's header
+
+
+def kind(value: object) -> str:
+    """How error messages name the kind of a value: its class."""
+    return type(value).__name__
+
+
+def check_key(key: object, argument: str = "key") -> str:
+    """A key: a str of 1 to 1,024 bytes in UTF-8, no NUL, no lone surrogate."""
+    if not isinstance(key, str):
+        raise TypeError(f"{argument} must be str, not {kind(key)}")
+    try:
+        size = len(key.encode())
+    except UnicodeEncodeError:
+        raise ValueError(f"{argument} holds a lone surrogate: {key!a}") from None
+    if not size:
+        raise ValueError(f"{argument} must not be the empty str")
+    if size > KEY_BYTES:
+        raise ValueError(f"{argument} must be at most {KEY_BYTES:,} bytes in UTF-8, not {size:,}")
+    if "\0" in key:
+        raise ValueError(f"{argument} must not hold a NUL character: {key!a}")
+    return str.__str__(key)
+
+
+def check_keys(keys: object, argument: str = "keys") -> list[str]:
+    """One or more keys, in the order given."""
+    if isinstance(keys, str | bytes) or not isinstance(keys, Iterable):
+        raise TypeError(f"{argument} must be an iterable of str, not {kind(keys)}")
+    checked = [check_key(key, f"{argument}[{index}]") for index, key in enumerate(keys)]
+    if not checked:
+        raise ValueError(f"{argument} must name at least one key")
+    return list(dict.fromkeys(checked))
+
+
+def check_payload(payload: object, argument: str = "payload") -> bytes:
+    """A payload: anything bytes-like, copied."""
+    if isinstance(payload, bytes):
+        return payload if type(payload) is bytes else bytes(payload)
+    try:
+        view = memoryview(payload)  # type: ignore[arg-type]  # asking is the check
+    except TypeError:
+        raise TypeError(f"{argument} must be bytes-like, not {kind(payload)}") from None
+    with view:
+        return view.tobytes()
+
+
+def check_size(key: str, payload: bytes, headers: str | None, argument: str = "payload") -> None:
+    """Refuse what doesn't fit into one row of SQLite."""
+    room = ROW_BYTES - ROW_OVERHEAD - len(key.encode()) - len((headers or "").encode())
+    if len(payload) > room:
+        raise ValueError(f"{argument} must be at most {room:,} bytes here, not {len(payload):,}")
+
+
+def check_headers(headers: object) -> str | None:
+    """Headers: a dict of str to str, as JSON; None if there are none."""
+    if headers is None:
+        return None
+    if not isinstance(headers, dict):
+        raise TypeError(f"headers must be dict[str, str] or None, not {kind(headers)}")
+    for name, value in headers.items():
+        if not isinstance(name, str):
+            raise TypeError(f"headers must have str as names, not {kind(name)}")
+        if not isinstance(value, str):
+            raise TypeError(f"headers[{name!a}] must be str, not {kind(value)}")
+    if not headers:
+        return None
+    text = json.dumps(headers, ensure_ascii=False, separators=(",", ":"))
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:
+        raise ValueError("headers hold a lone surrogate") from None
+    if size > ROW_BYTES // 2:
+        raise ValueError(f"headers must be at most {ROW_BYTES // 2:,} bytes as JSON, not {size:,}")
+    return text
+
+
+def check_int(value: object, argument: str, least: int) -> int:
+    """A whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{argument} must be int, not {kind(value)}")
+    if value < least:
+        raise ValueError(f"{argument} must be at least {least}, not {value}")
+    return int(value)
+
+
+def check_timeout(timeout: object, argument: str = "timeout") -> float | None:
+    """Seconds to wait, or None for ever.
+
+    Raises:
+        TypeError, ValueError: not a number; negative or NaN.
+    """
+    if timeout is None:
+        return None
+    if isinstance(timeout, bool) or not isinstance(timeout, numbers.Real):
+        raise TypeError(f"{argument} must be seconds as a number or None, not {kind(timeout)}")
+    try:
+        seconds = float(timeout)
+    except OverflowError:  # an int beyond every clock
+        seconds = math.inf if str(timeout)[0] != "-" else -math.inf
+    if math.isnan(seconds) or seconds < 0:
+        raise ValueError(f"{argument} must be 0 or more seconds, not {timeout!r}")
+    return None if math.isinf(seconds) else seconds
+
+
+def check_ttl(ttl: object, argument: str = "ttl") -> float | None:
+    """Seconds to live, above 0; None or infinity is for ever."""
+    seconds = check_timeout(ttl, argument)
+    if seconds == 0:
+        raise ValueError(f"{argument} must be more than 0 seconds")
+    return seconds

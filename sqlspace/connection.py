@@ -1,0 +1,270 @@
+"""The only file that opens apsw: which files are opened, how, and with which settings.
+
+The law: look first, touch then. A file that is damaged, another application's, a newer sqlspace's
+or tampered with is refused before one byte of it or of its -wal has changed; so the look is
+read-only, and closing it checkpoints nothing.
+
+No descriptor of the database or the -shm is opened past SQLite: to close one would drop SQLite's
+POSIX locks for the whole process.
+"""
+
+import errno
+import os
+import stat
+import struct
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+from urllib.parse import quote
+
+import apsw
+
+from . import schema
+from .errors import CorruptError, StoreError
+from .mounts import network_file_system
+
+__all__ = [
+    "Connection",
+    "Options",
+    "connect",
+    "has_moved",
+    "holds_lock",
+    "open_verified",
+    "rows_of",
+]
+
+# The first SQLite with the fix of the WAL-reset bug, which could lose commits.
+_SQLITE_NEEDED = (3, 51, 3)
+if tuple(map(int, apsw.sqlite_lib_version().split("."))) < _SQLITE_NEEDED:
+    raise ImportError(
+        f"sqlspace needs SQLite 3.51.3 or later inside apsw, not {apsw.sqlite_lib_version()}: "
+        "earlier ones can lose commits (the WAL-reset bug)"
+    )
+
+Connection = apsw.Connection
+
+# After a checkpoint the -wal is cut to this; it is a little more than what 1,000 pages take, after
+# which SQLite checkpoints by itself.
+_WAL_BYTES = 8 << 20
+
+_JOURNAL_MAGIC = bytes.fromhex("d9d505f920a163d7")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What `sqlspace.open` was told."""
+
+    path: str
+    sync: bool
+    history: int | None
+    embed: bool
+    mode: int
+    busy_timeout: float
+    allow_network: bool
+    vfs: str | None
+
+
+def check_in_place(path: str, *, allow_network: bool) -> None:
+    """Refuse what can't be a store's file, without opening it.
+
+    Raises:
+        StoreError: with the path, and the system's error as its cause.
+    """
+    try:
+        directory = os.path.dirname(path)
+        if not stat.S_ISDIR(os.stat(directory).st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), directory)
+        if not os.access(directory, os.W_OK | os.X_OK):
+            # SQLite keeps the -wal and the -shm there.
+            raise PermissionError(errno.EACCES, "the directory can't be written to", directory)
+        found = None
+        if os.path.lexists(path):
+            found = os.stat(path)
+            if stat.S_ISDIR(found.st_mode):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+            if not stat.S_ISREG(found.st_mode):
+                raise OSError(errno.EINVAL, "not a regular file", path)
+            if not os.access(path, os.R_OK | os.W_OK):
+                raise PermissionError(errno.EACCES, "the file can't be read and written", path)
+    except OSError as error:
+        raise StoreError(f"{path}: {error.strerror}") from error
+    if found is not None and found.st_nlink > 1:
+        raise StoreError(
+            f"{path}: it has {found.st_nlink} hard links; under each name SQLite would keep a "
+            "-wal of its own, and entries would be lost"
+        )
+    if not allow_network and (kind := network_file_system(path)) is not None:
+        raise StoreError(
+            f"{path}: it lies on a network file system ({kind}), where the -wal's shared memory "
+            "doesn't work; allow_network=True overrides this"
+        )
+
+
+def open_verified(options: Options) -> apsw.Connection:
+    """Look first, touch then: a connection to a file with our schema, or an error and no change."""
+    path = options.path
+    if options.vfs is None:
+        check_in_place(path, allow_network=options.allow_network)
+    deadline = time.monotonic() + options.busy_timeout
+    found = _patiently(deadline, lambda: _look(options))
+    if found == schema.FOREIGN and not options.embed:
+        raise schema.foreign()
+    if options.vfs is None and not os.path.exists(path):
+        _create(path, options.mode)
+    connection = connect(options, apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE)
+    try:
+        mode = _patiently(deadline, lambda: connection.pragma("journal_mode", "wal"))
+        if mode != "wal":
+            raise StoreError(f"{path}: SQLite can't keep a -wal here (journal mode {mode})")
+        _patiently(deadline, lambda: schema.migrate(connection, embed=options.embed))
+    except BaseException:
+        connection.close()  # without a checkpoint: see _connect
+        raise
+    connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 0)
+    return connection
+
+
+def connect(options: Options, flags: int) -> apsw.Connection:
+    """A connection with our settings, which doesn't checkpoint when it is closed."""
+    connection = apsw.Connection(options.path, flags, vfs=options.vfs)
+    connection.set_busy_timeout(int(options.busy_timeout * 1000))
+    for setting, value in (
+        (apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1),
+        (apsw.SQLITE_DBCONFIG_DEFENSIVE, 1),
+        # What somebody has planted in the file must not run.
+        (apsw.SQLITE_DBCONFIG_ENABLE_TRIGGER, 0),
+        (apsw.SQLITE_DBCONFIG_ENABLE_VIEW, 0),
+        (apsw.SQLITE_DBCONFIG_TRUSTED_SCHEMA, 0),
+        # Without it, apsw's SQLite plans a statement anew whenever its key changes: a look at a
+        # queue's head took 10 µs instead of 4.
+        (apsw.SQLITE_DBCONFIG_ENABLE_QPSG, 1),
+    ):
+        connection.config(setting, value)
+    connection.pragma("cell_size_check", 1)
+    connection.pragma("synchronous", "FULL" if options.sync else "NORMAL")
+    connection.pragma("journal_size_limit", _WAL_BYTES)
+    if options.sync:  # where fsync doesn't reach the platter (macOS)
+        connection.pragma("fullfsync", 1)
+        connection.pragma("checkpoint_fullfsync", 1)
+    return connection
+
+
+def _look(options: Options) -> int:
+    """Which schema the file has, EMPTY and FOREIGN included; not one byte of it changes."""
+    header = _header(options)
+    if not header:
+        return schema.EMPTY
+    if len(header) < 100 or not header.startswith(b"SQLite format 3\0"):
+        raise CorruptError(f"{options.path}: it is no SQLite database")
+    uri = f"file:{quote(options.path)}"
+    wal = options.path + "-wal"
+    if header[18] == 2 and options.vfs is None and not os.path.exists(wal):
+        # Nobody has it open and all of it is in the file; to open it as usual would make a -wal.
+        uri += "?immutable=1"
+    flags = apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI
+    connection = apsw.Connection(uri, flags, vfs=options.vfs)
+    try:
+        connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+        connection.pragma("cell_size_check", 1)
+        return schema.examine(connection)
+    except (apsw.ReadOnlyError, apsw.CantOpenError):
+        if _is_being_created(options.path + "-journal"):
+            return schema.EMPTY
+        raise
+    finally:
+        connection.close()
+
+
+def _header(options: Options) -> bytes:
+    """The first 100 bytes, read through SQLite: a descriptor of our own would drop its locks."""
+    if options.vfs is None and not os.path.exists(options.path):
+        return b""
+    flags = apsw.SQLITE_OPEN_MAIN_DB | apsw.SQLITE_OPEN_READONLY
+    try:
+        file = apsw.VFSFile(options.vfs or "", options.path, [flags, 0])
+    except apsw.CantOpenError:
+        if options.vfs is None:
+            raise
+        return b""  # the file isn't there yet, as this vfs has it
+    try:
+        return file.xRead(min(100, file.xFileSize()), 0) if file.xFileSize() else b""
+    finally:
+        file.xClose()
+
+
+def _is_being_created(journal: str) -> bool:
+    """Whether a hot journal leads back to an empty database: a first open that was cut off."""
+    try:
+        with open(journal, "rb") as file:
+            start = file.read(20)
+    except OSError:
+        return False
+    if not start.startswith(_JOURNAL_MAGIC) or len(start) < 20:
+        return False
+    (pages,) = struct.unpack(">I", start[16:20])
+    return bool(pages == 0)
+
+
+def _create(path: str, mode: int) -> None:
+    """Make the empty file with just these permissions; the -wal and -shm get the same."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    except FileExistsError:
+        return
+    except OSError as error:
+        raise StoreError(f"{path}: {error.strerror}") from error
+    try:
+        os.fchmod(descriptor, mode)
+    finally:
+        os.close(descriptor)
+
+
+def _patiently(deadline: float, step: Callable[[], Any]) -> Any:
+    """Run a step of opening, again while others are at it: SQLite itself doesn't always wait."""
+    pause = 0.001
+    while True:
+        try:
+            return step()
+        except (apsw.BusyError, apsw.LockedError):
+            if time.monotonic() + pause > deadline:
+                raise
+        time.sleep(pause)
+        pause = min(pause * 2, 0.05)
+
+
+def has_moved(connection: apsw.Connection) -> bool:
+    """Ask SQLite whether the path is still the file that it has open."""
+    import ctypes  # noqa: PLC0415  # at an open only
+
+    answer = ctypes.c_int(0)
+    known = connection.file_control("main", apsw.SQLITE_FCNTL_HAS_MOVED, ctypes.addressof(answer))
+    return bool(known and answer.value)
+
+
+def holds_lock(path: str) -> bool:
+    """Whether this process holds a POSIX lock on the file; True where that can't be asked."""
+    try:
+        with open("/proc/locks", encoding="ascii") as file:
+            lines = file.read().splitlines()
+        inode = str(os.stat(path).st_ino)
+    except OSError:
+        return True
+    wanted = str(os.getpid())
+    for line in lines:
+        fields = line.split()
+        if "POSIX" in fields and wanted in fields:
+            place = fields[fields.index(wanted) + 1]
+            if place.rsplit(":", 1)[-1] == inode:
+                return True
+    return not lines
+
+
+def rows_of(connection: Connection, sql: str, arguments: Sequence[Any]) -> Iterable[Any]:
+    """The rows of a statement that hasn't run yet.
+
+    `rows.extend(rows_of(…))` runs it and keeps its rows in one C call: no Ctrl-C can come between
+    the commit and the rows, which lost 704 of 704 when it did.
+    """
+    return chain.from_iterable(map(connection.execute, (sql,), (arguments,)))

@@ -1,0 +1,513 @@
+"""One file as one process has it open: the order of a write, its errors, and forks.
+
+Everything that a fork invalidates hangs on a `_Session`; the child drops the parent's and opens its
+own at the next call. One lock lets one thread at a time to the writing connection; another guards
+the reading one, so that browsing a large store delays no push.
+
+The law of `write`: closed? moved? then through the turnstile, the statements, out again, moved?
+Only then is anything acknowledged. An error before the commit means that nothing happened; after a
+failed commit one more durable commit makes that certain, or the error is UndecidedError.
+"""
+
+import logging
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import apsw
+
+from . import doorbell, identity, schema
+from .connection import Connection, Options, connect, has_moved, holds_lock, open_verified
+from .doorbell import Doorbell
+from .errors import (
+    BusyError,
+    ClosedError,
+    CorruptError,
+    FullError,
+    MovedError,
+    SchemaError,
+    StoreError,
+    UndecidedError,
+)
+from .identity import Identity
+from .marks import HISTORY_AT, Marks
+from .turnstile import Turnstile
+from .waiting import Waiter, surely
+
+__all__ = ["Database", "Step"]
+
+log = logging.getLogger("sqlspace")
+
+Step = Callable[[Connection], Iterable[str]]
+"""Work on the connection; returns the doorbell's tokens to ring for."""
+
+Stirring = Callable[[Iterable[str]], Iterable[str] | None]
+"""See `Doorbell`."""
+
+# A commit that really changes a page; it decides what an earlier failure or crash left undecided.
+UPDATE_BOOTS = "UPDATE sqlspace_schema SET boots = boots + 1 WHERE version = 1"
+SELECT_FILE_ID = "SELECT file_id FROM sqlspace_schema WHERE version = 1"
+
+
+class _Patience:
+    """SQLite's busy handler: a writer that knows no turnstile is inside. In Python, for Ctrl-C."""
+
+    deadline = 0.0  # of the call under way, on the monotonic clock
+
+    def __call__(self, calls: int) -> bool:
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            return False
+        if calls:  # the first time it may be over already
+            time.sleep(min(left, 0.0005 * min(calls, 20)))
+        return True
+
+
+class _Session:
+    """What one process has open of the file."""
+
+    def __init__(self, options: Options, stirring: Stirring) -> None:
+        path = options.path
+        self.connection = open_verified(options)
+        self.patience = _Patience()
+        self.connection.set_busy_handler(self.patience)
+        self.reader: apsw.Connection | None = None
+        self.data_version = 0
+        self.booted = False  # whether the commit before the first write is done
+        self.wal_descriptor: int | None = None
+        self.identity: Identity | None = None
+        try:
+            self.file_id = self.connection.execute(SELECT_FILE_ID).get
+            if os.path.exists(path + "-wal"):  # not so under a vfs that keeps its files elsewhere
+                self.wal_descriptor = os.open(path + "-wal", os.O_RDONLY | os.O_CLOEXEC)
+                self.identity = Identity(path, path + "-wal")
+                if not self.identity.stands() or has_moved(self.connection):
+                    raise MovedError(f"{path}: it was moved while it was opened")
+            self.turnstile = Turnstile(self.wal_descriptor)
+            self.marks = Marks(self.wal_descriptor)
+            if options.history is not None:
+                self.marks.hold(HISTORY_AT + options.history)
+            file = os.stat(path) if self.wal_descriptor is not None else None
+            self.bell = Doorbell(
+                (file.st_dev, file.st_ino) if file else None, path + "-wal", self.marks, stirring
+            )
+        except BaseException:
+            self._close_files()
+            raise
+
+    def open_reader(self, options: Options) -> apsw.Connection:
+        """The connection for browsing; made when first needed."""
+        if self.reader is None:
+            reader = connect(options, apsw.SQLITE_OPEN_READWRITE)
+            reader.pragma("query_only", 1)
+            self.reader = reader
+        return self.reader
+
+    def close(self) -> None:
+        self.bell.close()
+        self.turnstile.close()
+        self._close_files()
+
+    def _close_files(self) -> None:
+        if self.identity is not None:
+            self.identity.close()
+        if self.reader is not None:
+            self.reader.close()
+        self.connection.close()
+        if self.wal_descriptor is not None:
+            os.close(self.wal_descriptor)
+            self.wal_descriptor = None
+
+    def abandon(self) -> None:
+        """In a forked child: let go all that is the parent's, and leave no trace in the file."""
+        for connection in (self.reader, self.connection):
+            if connection is not None:
+                connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+                connection.close()
+        if self.wal_descriptor is not None:
+            os.close(self.wal_descriptor)
+
+
+class Database:
+    """One file, as this process has it open; for any number of threads.
+
+    Args:
+        options: How to open it.
+        stirring: Which of these tokens of this database have something? None: nothing changed.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        stirring: Callable[["Database", Iterable[str]], Iterable[str] | None],
+    ) -> None:
+        self.options = options
+        self.closed = False
+        this = weakref.ref(self)  # the doorbell must not keep a forgotten store alive
+
+        def look(tokens: Iterable[str]) -> Iterable[str] | None:
+            database = this()
+            return None if database is None else stirring(database, tokens)
+
+        self._stirring: Stirring = look
+        self._poison: StoreError | None = None
+        self._forked = False
+        self._lock = threading.Lock()
+        self._read_lock = threading.Lock()
+        self._session: _Session | None = None
+        with _opening:
+            self._session = self._open()
+            _databases.add(self)
+
+    # -- work
+
+    def write(
+        self,
+        step: Step,
+        *,
+        probe: Callable[[Connection], bool] | None = None,
+        undo: Callable[[Connection], None] | None = None,
+        besides: Waiter | None = None,
+    ) -> None:
+        """Run `step` as the only writer, each of its statements a transaction of its own.
+
+        Args:
+            step: Gets the connection; returns the doorbell's tokens to ring for afterwards. What
+                must not be lost to an interrupt it keeps outside.
+            probe: Asked first, with no lock taken in the file; if False, there is nothing to do.
+            undo: Takes back what `step` has committed, if something is raised before this returns.
+                Idempotent.
+            besides: The caller's own waiter, which needs no ring.
+
+        Raises:
+            ClosedError, StoreError: nothing happened, unless the error says otherwise.
+        """
+        deadline = time.monotonic() + self.options.busy_timeout
+        held: list[bool] = []
+        try:
+            # One C call takes the lock and notes it: no Ctrl-C can come between.
+            held.extend(map(self._lock.acquire, (True,), (self.options.busy_timeout,)))
+            if not held[0]:
+                raise self._busy()
+            session = self._ready()
+            session.patience.deadline = deadline
+            try:
+                if probe is not None and not probe(session.connection):
+                    return
+                try:
+                    session.turnstile.enter(deadline)
+                    if not session.booted:
+                        session.connection.execute(UPDATE_BOOTS)
+                        session.booted = True
+                    tokens = step(session.connection)
+                finally:
+                    session.turnstile.leave()
+                self._ensure_in_place(session, undecided=True)
+                for token in tokens:
+                    session.bell.ring(token, besides)
+            except BaseException as error:
+                self._roll_back(session, undo)
+                if isinstance(error, apsw.Error):
+                    raise self._failed(error, session) from error
+                raise
+        finally:
+            if held and held[0]:
+                self._lock.release()
+
+    def transact(
+        self,
+        step: Step,
+        *,
+        probe: Callable[[Connection], bool] | None = None,
+        undo: Callable[[Connection], None] | None = None,
+    ) -> None:
+        """Run `step` in one transaction: all of it, or, if anything is raised, nothing.
+
+        Otherwise as `write`.
+        """
+
+        def whole(connection: Connection) -> Iterable[str]:
+            connection.execute("BEGIN IMMEDIATE")
+            tokens = step(connection)
+            connection.execute("COMMIT")
+            return tokens
+
+        self.write(whole, probe=probe, undo=undo)
+
+    def read(self, sql: str, arguments: Sequence[Any] = ()) -> list[Any]:
+        """All rows of a query, on the connection for browsing."""
+        rows: list[Any] = self.browse(
+            lambda connection: connection.execute(sql, arguments).fetchall()
+        )
+        return rows
+
+    def browse(self, step: Callable[[Connection], Any]) -> Any:
+        """What `step` returns, run on the connection for browsing."""
+        with self._read_lock:
+            session = self._ready()
+            try:
+                return step(session.open_reader(self.options))
+            except apsw.Error as error:
+                raise self._mapped(error) from error
+
+    def changed(self) -> bool:
+        """Whether anybody committed since this was last asked."""
+        with self._read_lock:
+            session = self._ready()
+            try:
+                version = session.open_reader(self.options).pragma("data_version")
+            except apsw.Error as error:
+                raise self._mapped(error) from error
+            changed = bool(version != session.data_version)
+            session.data_version = version
+            return changed
+
+    def checkpoint(self) -> None:
+        """Move the -wal into the file and cut it to nothing, if no reader is in the way."""
+
+        def step(connection: Connection) -> Iterable[str]:
+            try:
+                connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+            except apsw.BusyError:
+                log.warning("%s: a reader keeps the -wal from being cut", self.options.path)
+            return ()
+
+        self.write(step)
+
+    def vacuum(self) -> None:
+        """Rewrite the file without its free pages, unless others' tables live in it."""
+
+        def step(connection: Connection) -> Iterable[str]:
+            if not schema.is_embedded(connection):
+                connection.execute("VACUUM")
+            return ()
+
+        self.write(step)
+
+    def backup(self, target: str) -> None:
+        """Copy a consistent state to a new file."""
+        with self._read_lock:
+            session = self._ready()
+            source = session.open_reader(self.options)
+            try:
+                copy = Connection(target)
+                try:
+                    with copy.backup("main", source, "main") as progress:
+                        progress.step()
+                finally:
+                    copy.close()
+            except apsw.Error as error:
+                raise self._mapped(error) from error
+
+    def history(self) -> int | None:
+        """How many tombstones to keep: the smallest number of all stores that have the file open.
+
+        None: all.
+        """
+        own = self.options.history
+        session = self._session
+        if session is None:
+            return own
+        least = session.marks.smallest(HISTORY_AT, HISTORY_AT + (1 << 53 if own is None else own))
+        return own if least is None else least - HISTORY_AT
+
+    @property
+    def bell(self) -> Doorbell:
+        """The doorbell."""
+        session = self._session
+        if session is None:
+            with self._lock:
+                session = self._ready()
+        return session.bell
+
+    @property
+    def file_id(self) -> str:
+        """The random id of the file."""
+        with self._lock:
+            return str(self._ready().file_id)
+
+    def sizes(self) -> tuple[int, int]:
+        """Bytes of the file and of its -wal."""
+        sizes = []
+        for path in (self.options.path, self.options.path + "-wal"):
+            try:
+                sizes.append(os.stat(path).st_size)
+            except OSError:
+                sizes.append(0)
+        return sizes[0], sizes[1]
+
+    def ensure_open(self) -> None:
+        """Raise ClosedError if it was closed."""
+        if self.closed:
+            raise ClosedError(f"the store {self.options.path} is closed")
+
+    def close(self) -> None:
+        """Close it; idempotent. Calls under way end first."""
+        self.closed = True
+        session = self._session
+        if session is not None:
+            session.bell.wake_all()
+        with self._lock, self._read_lock:
+            session, self._session = self._session, None
+            if session is None:
+                return
+            try:
+                if session.identity is not None and not session.identity.stands():
+                    # The path is another file's now: leave its -wal alone.
+                    session.connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+                session.close()
+            except apsw.Error as error:
+                raise self._mapped(error) from error
+
+    # -- the session
+
+    def _open(self) -> _Session:
+        try:
+            return _Session(self.options, self._stirring)
+        except apsw.Error as error:
+            raise self._mapped(error) from error
+        except SchemaError as error:
+            raise type(error)(f"{self.options.path}: {error}") from error.__cause__
+
+    def _ready(self) -> _Session:
+        """The session to work in, with one of the locks held."""
+        self.ensure_open()
+        if self._poison is not None:
+            raise type(self._poison)(*self._poison.args) from self._poison
+        session = self._session
+        if session is None:
+            session = self._reopen()
+        self._ensure_in_place(session, undecided=False)
+        return session
+
+    def _reopen(self) -> _Session:
+        """Open again, in a forked child."""
+        with _opening:
+            if self._session is None:
+                session = self._open()
+                if self._forked and not holds_lock(self.options.path):
+                    session.abandon()
+                    raise StoreError(
+                        f"{self.options.path}: this process was forked while another connection "
+                        "to the file was open, so its locks are not real; open no other connection "
+                        "to the file before a fork"
+                    )
+                self._session = session
+            return self._session
+
+    # -- errors
+
+    def _ensure_in_place(self, session: _Session, *, undecided: bool) -> None:
+        if session.identity is not None and not session.identity.stands():
+            self._poison = MovedError(
+                f"{self.options.path}: the file was unlinked, replaced or moved underneath"
+            )
+            raise MovedError(str(self._poison), undecided) from None
+
+    def _busy(self) -> BusyError:
+        return BusyError(
+            f"{self.options.path}: others held the write lock for more than "
+            f"{self.options.busy_timeout:g} s"
+        )
+
+    def _mapped(self, error: apsw.Error) -> StoreError:
+        """Ours for apsw's."""
+        path = self.options.path
+        if isinstance(error, apsw.BusyError):
+            return self._busy()
+        if isinstance(error, apsw.FullError):
+            return FullError(f"{path}: no room left on the disk")
+        if isinstance(error, apsw.CorruptError | apsw.NotADBError):
+            return CorruptError(f"{path}: the file is damaged, or no SQLite database: {error}")
+        return StoreError(f"{path}: {type(error).__name__}: {error}")
+
+    def _roll_back(self, session: _Session, undo: Callable[[Connection], None] | None) -> None:
+        """After an interrupt or a failure: leave no transaction open, and nothing taken."""
+
+        def back() -> None:
+            if session.connection.in_transaction:
+                session.connection.execute("ROLLBACK")
+            if undo is not None:
+                undo(session.connection)
+
+        try:
+            surely(back)
+        except apsw.Error:
+            log.exception("%s: an interrupted call could not be undone", self.options.path)
+
+    def _failed(self, error: apsw.Error, session: _Session) -> StoreError:
+        """After a failed write: make sure that it didn't happen, or say that this is open."""
+        if isinstance(error, apsw.IOError):
+            try:
+                session.connection.execute(UPDATE_BOOTS)
+            except apsw.Error:
+                self._poison = UndecidedError(
+                    f"{self.options.path}: the disk failed at the commit, and again afterwards: "
+                    "the last operation may or may not have happened; open the store anew and look"
+                )
+                return self._poison
+        return self._mapped(error)
+
+    # -- forks
+
+    def _before_fork(self) -> None:
+        self._lock.acquire()
+        self._read_lock.acquire()
+
+    def _after_fork_in_parent(self) -> None:
+        self._read_lock.release()
+        self._lock.release()
+
+    def _after_fork_in_child(self) -> None:
+        session, self._session = self._session, None
+        self._lock = threading.Lock()
+        self._read_lock = threading.Lock()
+        self._forked = True
+        if session is not None:
+            session.abandon()
+
+
+# -- forks: the child inherits SQLite's table of locks, but not the locks. So every store of the
+# process stands still outside of SQLite while it forks, and the child closes all it has inherited
+# before it opens anything: then SQLite forgets the table.
+
+_opening = threading.Lock()
+_databases: weakref.WeakSet[Database] = weakref.WeakSet()
+_at_rest: list[Database] = []
+
+
+def _before_fork() -> None:
+    while True:
+        # A database's locks come before _opening, as in a reopening.
+        for database in sorted(set(_databases).difference(_at_rest), key=id):
+            database._before_fork()  # noqa: SLF001
+            _at_rest.append(database)
+        _opening.acquire()
+        if set(_databases) <= set(_at_rest):
+            return
+        _opening.release()
+
+
+def _after_fork_in_parent() -> None:
+    while _at_rest:
+        _at_rest.pop()._after_fork_in_parent()  # noqa: SLF001
+    _opening.release()
+
+
+def _after_fork_in_child() -> None:
+    global _opening  # noqa: PLW0603
+    _opening = threading.Lock()
+    doorbell.forget()
+    identity.forget()
+    while _at_rest:
+        _at_rest.pop()._after_fork_in_child()  # noqa: SLF001
+
+
+os.register_at_fork(
+    before=_before_fork,
+    after_in_parent=_after_fork_in_parent,
+    after_in_child=_after_fork_in_child,
+)

@@ -1,0 +1,130 @@
+"""The one waiting loop: look, park, look again.
+
+A waiter enrolls wherever it can be woken from, looks once more, and only then parks; whoever
+changes something wakes those enrolled afterwards. So no wake-up is ever lost. What a wait finds is
+put into `Waiter.found` by the step that takes it; when the wait then ends by an exception all the
+same (Ctrl-C between two bytecodes), it is restored from there: a wait that raises took nothing.
+
+Backends differ in how they look, leave and restore, and in how they park; in nothing else.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+from .arguments import check_timeout
+from .errors import CanceledError, DeadlineError
+from .space import Context, check_context
+
+__all__ = ["MISSING", "Waiter", "surely", "wait"]
+
+MISSING: Final[Any] = object()
+
+# Parked threads look again this often, so that a lost wake-up (a process killed between its commit
+# and its ring) is a delay and never a hang. Idle threads cost nothing measurable at this rate.
+LOOK_AGAIN_SECONDS = 5.0
+
+
+class Waiter:
+    """One blocked call: what it found, and the latch that its thread parks on."""
+
+    __slots__ = ("_latch", "_nudge", "found")
+
+    def __init__(self) -> None:
+        self.found: Any = MISSING
+        self._nudge: Callable[[], None] | None = None
+        self._latch = threading.Lock()
+        self._latch.acquire()
+
+    def wake(self) -> None:
+        """End this waiter's park, the present one or the next."""
+        try:
+            self._latch.release()
+        except RuntimeError:  # awake already
+            return
+        if (nudge := self._nudge) is not None:
+            nudge()
+
+    def listen(self, nudge: Callable[[], None] | None) -> None:
+        """Have `wake` call `nudge` too, while the thread sleeps elsewhere than on its latch."""
+        self._nudge = nudge
+
+    def park(self, seconds: float) -> bool:
+        """Sleep until woken, for `seconds` at most; whether it was woken."""
+        return self._latch.acquire(timeout=seconds)
+
+
+def surely(step: Callable[[], None]) -> None:
+    """Run an idempotent step to its end, however often Ctrl-C cuts it off."""
+    while True:
+        try:
+            return step()
+        except KeyboardInterrupt:  # the first one is on its way to the caller already
+            continue
+
+
+def wait(
+    look: Callable[[Waiter, bool], None],
+    *,
+    leave: Callable[[Waiter], None],
+    restore: Callable[[Waiter], None],
+    ensure_open: Callable[[], None],
+    timeout: float | None,
+    context: Context | None,
+    park: Callable[[Waiter, float], object] = Waiter.park,
+    horizon: Callable[[], float | None] = lambda: None,
+) -> Any:
+    """Wait until `look` has put something into the waiter's `found`, and return that.
+
+    Args:
+        look: Called as `look(waiter, enroll)`: fill `found` if there is one; else, if asked to,
+            enroll the waiter where it will be woken.
+        leave: Take the waiter from wherever `look` enrolled it. Idempotent.
+        restore: Give back what is in `found`. Idempotent.
+        ensure_open: Raises ClosedError.
+        timeout: Seconds, None for ever.
+        context: Another bound, or None.
+        park: How the thread sleeps.
+        horizon: Seconds until something is to be seen that nobody will ring for, or None.
+
+    Raises:
+        ClosedError, CanceledError, DeadlineError: in this order; what `look` raises.
+    """
+    seconds = check_timeout(timeout)
+    check_context(context)
+    deadline = None if seconds is None else time.monotonic() + seconds
+    if context is not None and context.deadline is not None:
+        deadline = context.deadline if deadline is None else min(deadline, context.deadline)
+    waiter = Waiter()
+    enroll = False  # most waits find something at the first look, and need not enroll
+    try:
+        if context is not None:
+            context._register(waiter)  # noqa: SLF001  # Context and its waits are one piece
+        while True:
+            ensure_open()
+            if context is not None and context.canceled:
+                raise CanceledError("the wait's context was canceled")
+            look(waiter, enroll)
+            if waiter.found is not MISSING:
+                break
+            remaining = LOOK_AGAIN_SECONDS
+            if deadline is not None:
+                remaining = min(remaining, deadline - time.monotonic())
+                if remaining <= 0:
+                    raise DeadlineError("the wait's time is over")
+            if enroll:
+                ahead = horizon()
+                park(waiter, remaining if ahead is None else max(0.0, min(remaining, ahead)))
+            enroll = True
+        leave(waiter)
+        if context is not None:
+            context._unregister(waiter)  # noqa: SLF001
+    except BaseException:
+        surely(lambda: leave(waiter))
+        if context is not None:
+            surely(lambda: context._unregister(waiter))  # noqa: SLF001
+        if waiter.found is not MISSING:
+            surely(lambda: restore(waiter))
+        raise
+    return waiter.found
