@@ -15,7 +15,7 @@ CREATE TABLE sqlspace_entries (
   -- Entries, and the tombstones of those taken.
   seq          INTEGER PRIMARY KEY -- grows over the whole file and is never used twice; that needs
                                    -- the row with the highest seq to stay, so it is never deleted
-               CHECK (seq BETWEEN 1 AND 4611686018427387904),
+               CHECK (seq BETWEEN 1 AND 4611686018427387903),
   key          TEXT NOT NULL,      -- '' in a row that stays only for its seq
   payload      BLOB,               -- NULL once taken, so that its pages are used again
   headers      TEXT,               -- a JSON object of strings; NULL if there are none
@@ -61,13 +61,18 @@ BEGIN
     WHERE length(CAST(NEW.key AS BLOB)) NOT BETWEEN 1 AND 1024;
   SELECT RAISE(ABORT, 'sqlspace: key must not hold a NUL character')
     WHERE instr(CAST(NEW.key AS BLOB), x'00');
-  -- Character by character: what is no UTF-8 comes back as another character.
+  -- Character by character: what is no UTF-8 comes back as another character. So do U+FFFE and
+  -- U+FFFF, which SQLite can't spell, and which are UTF-8 all the same.
   SELECT RAISE(ABORT, 'sqlspace: key must be valid UTF-8')
     WHERE CAST(NEW.key AS BLOB) <> (
       WITH RECURSIVE spelled (at, text) AS (
         SELECT 1, ''
         UNION ALL
-        SELECT at + 1, text || char(unicode(substr(NEW.key, at, 1)))
+        SELECT
+          at + 1,
+          text || CASE WHEN CAST(substr(NEW.key, at, 1) AS BLOB) IN (x'efbfbe', x'efbfbf')
+                       THEN substr(NEW.key, at, 1)
+                       ELSE char(unicode(substr(NEW.key, at, 1))) END
           FROM spelled WHERE at <= length(NEW.key)
       )
       SELECT CAST(text AS BLOB) FROM spelled ORDER BY at DESC LIMIT 1

@@ -19,11 +19,19 @@ __all__ = [
     "check_timeout",
     "check_ttl",
     "kind",
+    "shown",
 ]
 
 KEY_BYTES = 1024
 ROW_BYTES = 1_000_000_000  # SQLite's default limit of a row (SQLITE_MAX_LENGTH)
-ROW_OVERHEAD = 256  # the row's other columns, at their longest, and the record's header
+
+_good_keys: set[str] = set()  # those checked before
+_GOOD_KEYS = 4096
+
+# The row's other columns at their longest, those included that it gets later: a dedupe of 1,024
+# bytes, and the headers of a dead letter, in which its key is named and each byte may be escaped.
+ROW_OVERHEAD = 8192
+_SHOWN = 100  # characters of a value in an error message
 
 
 def kind(value: object) -> str:
@@ -31,21 +39,36 @@ def kind(value: object) -> str:
     return type(value).__name__
 
 
+def shown(value: object) -> str:
+    """How error messages show a value: in full, unless that would be a flood."""
+    try:
+        text = ascii(value)
+    except ValueError:  # Python writes no int of more than 4,300 digits
+        return f"{kind(value)} of more digits than can be shown"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
 def check_key(key: object, argument: str = "key") -> str:
     """A key: a str of 1 to 1,024 bytes in UTF-8, no NUL, no lone surrogate."""
+    if type(key) is str and key in _good_keys:
+        return key
     if not isinstance(key, str):
         raise TypeError(f"{argument} must be str, not {kind(key)}")
+    key = str.__str__(key)  # first of all: a subclass may answer the questions below as it likes
     try:
         size = len(key.encode())
     except UnicodeEncodeError:
-        raise ValueError(f"{argument} holds a lone surrogate: {key!a}") from None
+        raise ValueError(f"{argument} holds a lone surrogate: {shown(key)}") from None
     if not size:
         raise ValueError(f"{argument} must not be the empty str")
     if size > KEY_BYTES:
         raise ValueError(f"{argument} must be at most {KEY_BYTES:,} bytes in UTF-8, not {size:,}")
     if "\0" in key:
-        raise ValueError(f"{argument} must not hold a NUL character: {key!a}")
-    return str.__str__(key)
+        raise ValueError(f"{argument} must not hold a NUL character: {shown(key)}")
+    if len(_good_keys) >= _GOOD_KEYS:
+        _good_keys.clear()
+    _good_keys.add(key)
+    return key
 
 
 def check_keys(keys: object, argument: str = "keys") -> list[str]:
@@ -60,18 +83,22 @@ def check_keys(keys: object, argument: str = "keys") -> list[str]:
 
 def check_payload(payload: object, argument: str = "payload") -> bytes:
     """A payload: anything bytes-like, copied."""
-    if isinstance(payload, bytes):
-        return payload if type(payload) is bytes else bytes(payload)
+    if type(payload) is bytes:
+        return payload
     try:
         view = memoryview(payload)  # type: ignore[arg-type]  # asking is the check
     except TypeError:
         raise TypeError(f"{argument} must be bytes-like, not {kind(payload)}") from None
+    except (ValueError, BufferError) as error:  # a memoryview that was released
+        raise ValueError(f"{argument} can't be read, a {kind(payload)}: {error}") from None
     with view:
         return view.tobytes()
 
 
 def check_size(key: str, payload: bytes, headers: str | None, argument: str = "payload") -> None:
     """Refuse what doesn't fit into one row of SQLite."""
+    if len(payload) < ROW_BYTES // 4 and headers is None:
+        return
     room = ROW_BYTES - ROW_OVERHEAD - len(key.encode()) - len((headers or "").encode())
     if len(payload) > room:
         raise ValueError(f"{argument} must be at most {room:,} bytes here, not {len(payload):,}")
@@ -87,7 +114,7 @@ def check_headers(headers: object) -> str | None:
         if not isinstance(name, str):
             raise TypeError(f"headers must have str as names, not {kind(name)}")
         if not isinstance(value, str):
-            raise TypeError(f"headers[{name!a}] must be str, not {kind(value)}")
+            raise TypeError(f"headers[{shown(name)}] must be str, not {kind(value)}")
     if not headers:
         return None
     text = json.dumps(headers, ensure_ascii=False, separators=(",", ":"))
@@ -105,7 +132,7 @@ def check_int(value: object, argument: str, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{argument} must be int, not {kind(value)}")
     if value < least:
-        raise ValueError(f"{argument} must be at least {least}, not {value}")
+        raise ValueError(f"{argument} must be at least {least}, not {shown(value)}")
     return int(value)
 
 
@@ -121,10 +148,10 @@ def check_timeout(timeout: object, argument: str = "timeout") -> float | None:
         raise TypeError(f"{argument} must be seconds as a number or None, not {kind(timeout)}")
     try:
         seconds = float(timeout)
-    except OverflowError:  # an int beyond every clock
-        seconds = math.inf if str(timeout)[0] != "-" else -math.inf
+    except OverflowError:  # beyond every clock; typeshed's Real has no order
+        seconds = math.inf if timeout > 0 else -math.inf  # type: ignore[operator]
     if math.isnan(seconds) or seconds < 0:
-        raise ValueError(f"{argument} must be 0 or more seconds, not {timeout!r}")
+        raise ValueError(f"{argument} must be 0 or more seconds, not {shown(timeout)}")
     return None if math.isinf(seconds) else seconds
 
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, cast
 
+from . import upkeep
 from .arguments import check_key
 from .connection import Connection
 from .database import Database
@@ -64,10 +65,6 @@ SELECT_STATS = """
 SELECT CAST(key AS BLOB), state, count(*), min(pushed_at), sum(length(payload))
   FROM sqlspace_entries INDEXED BY sqlspace_entries_live
  WHERE state < 3 GROUP BY key, state
-"""
-SELECT_LAST_TAKEN = """
-SELECT ifnull(max(taken_no), 0) FROM sqlspace_entries INDEXED BY sqlspace_entries_taken
- WHERE taken_no IS NOT NULL
 """
 SELECT_HISTORY = """
 SELECT taken_no, seq, key, pushed_at, taken_at, state
@@ -218,7 +215,7 @@ def _forgotten(database: Database) -> int:
     keep = database.history()
     if keep is None:
         return 0
-    return max(0, int(database.read(SELECT_LAST_TAKEN)[0][0]) - keep)
+    return max(0, int(database.read(upkeep.SELECT_LAST_TAKEN)[0][0]) - keep)
 
 
 def _some(connection: Connection, key: str, last: int) -> list[Any]:

@@ -13,17 +13,16 @@ import os
 import stat
 import struct
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 from urllib.parse import quote
 
 import apsw
 
 from . import schema
-from .errors import CorruptError, StoreError
-from .mounts import network_file_system
+from .errors import CorruptError, SchemaError, StoreError
+from .mounts import is_mount_point, network_file_system
 
 __all__ = [
     "Connection",
@@ -32,7 +31,7 @@ __all__ = [
     "has_moved",
     "holds_lock",
     "open_verified",
-    "rows_of",
+    "run",
 ]
 
 # The first SQLite with the fix of the WAL-reset bug, which could lose commits.
@@ -49,6 +48,7 @@ Connection = apsw.Connection
 # which SQLite checkpoints by itself.
 _WAL_BYTES = 8 << 20
 
+_DATABASE_MAGIC = b"SQLite format 3\0"
 _JOURNAL_MAGIC = bytes.fromhex("d9d505f920a163d7")
 
 
@@ -94,6 +94,11 @@ def check_in_place(path: str, *, allow_network: bool) -> None:
         raise StoreError(
             f"{path}: it has {found.st_nlink} hard links; under each name SQLite would keep a "
             "-wal of its own, and entries would be lost"
+        )
+    if found is not None and is_mount_point(path):
+        raise StoreError(
+            f"{path}: the file itself is a mount point, so its -wal would lie on another mount, "
+            "and entries would be lost; mount its directory"
         )
     if not allow_network and (kind := network_file_system(path)) is not None:
         raise StoreError(
@@ -153,26 +158,60 @@ def connect(options: Options, flags: int) -> apsw.Connection:
 
 def _look(options: Options) -> int:
     """Which schema the file has, EMPTY and FOREIGN included; not one byte of it changes."""
+    path = options.path
     header = _header(options)
     if not header:
         return schema.EMPTY
-    if len(header) < 100 or not header.startswith(b"SQLite format 3\0"):
-        raise CorruptError(f"{options.path}: it is no SQLite database")
-    uri = f"file:{quote(options.path)}"
-    wal = options.path + "-wal"
-    if header[18] == 2 and options.vfs is None and not os.path.exists(wal):
-        # Nobody has it open and all of it is in the file; to open it as usual would make a -wal.
-        uri += "?immutable=1"
-    flags = apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI
-    connection = apsw.Connection(uri, flags, vfs=options.vfs)
+    if len(header) < 100 or not header.startswith(_DATABASE_MAGIC):
+        # A first open that a power cut ended may leave zeros, and the journal that leads back.
+        if not header.strip(b"\0") and _pages_before(_journal(path)) == 0:
+            return schema.EMPTY
+        raise CorruptError(f"{path}: it is no SQLite database")
+    # Its version for readers is what SQLite goes by.
+    if header[19] == 2 and options.vfs is None and not os.path.exists(path + "-wal"):
+        return _look_at_rest(path)
+    try:
+        return _examine(f"file:{quote(path)}", options.vfs)
+    except (apsw.ReadOnlyError, apsw.CantOpenError):
+        journal = _journal(path)
+        if _pages_before(journal) == 0:
+            return schema.EMPTY
+        if journal[:1] in (b"", b"\0"):  # not hot
+            raise
+        if options.embed:
+            return schema.FOREIGN  # whoever opens it for writing rolls it back
+        raise StoreError(
+            f"{path}: a transaction was cut off in the middle, and its -journal waits to be rolled "
+            "back; open it once with the application that it belongs to"
+        ) from None
+
+
+def _look_at_rest(path: str) -> int:
+    """Which schema is in a file in WAL mode without a -wal: to open it as usual would make one.
+
+    Nobody has it open, and all of it is in the file. If somebody opens it meanwhile, what is read
+    without locks may be torn, so bad news counts only if all has stayed as it was.
+    """
+    before = _stamp(path)
+    try:
+        return _examine(f"file:{quote(path)}?immutable=1", None)
+    except (apsw.Error, SchemaError):
+        if os.path.exists(path + "-wal") or _stamp(path) != before:
+            raise apsw.BusyError("others opened the file meanwhile") from None
+        raise
+
+
+def _stamp(path: str) -> tuple[int, ...]:
+    found = os.stat(path)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _examine(uri: str, vfs: str | None) -> int:
+    connection = apsw.Connection(uri, apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI, vfs=vfs)
     try:
         connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
         connection.pragma("cell_size_check", 1)
         return schema.examine(connection)
-    except (apsw.ReadOnlyError, apsw.CantOpenError):
-        if _is_being_created(options.path + "-journal"):
-            return schema.EMPTY
-        raise
     finally:
         connection.close()
 
@@ -189,22 +228,32 @@ def _header(options: Options) -> bytes:
             raise
         return b""  # the file isn't there yet, as this vfs has it
     try:
-        return file.xRead(min(100, file.xFileSize()), 0) if file.xFileSize() else b""
+        size = file.xFileSize()
+        if not size and options.vfs is None and os.stat(options.path).st_size == 1:
+            size = 1  # SQLite takes such a file for empty, and would write over it
+        return file.xRead(min(100, size), 0) if size else b""
     finally:
         file.xClose()
 
 
-def _is_being_created(journal: str) -> bool:
-    """Whether a hot journal leads back to an empty database: a first open that was cut off."""
+def _journal(path: str) -> bytes:
+    """The beginning of the rollback journal, empty if there is none."""
     try:
-        with open(journal, "rb") as file:
-            start = file.read(20)
+        with open(path + "-journal", "rb") as file:
+            return file.read(20)
     except OSError:
-        return False
-    if not start.startswith(_JOURNAL_MAGIC) or len(start) < 20:
-        return False
-    (pages,) = struct.unpack(">I", start[16:20])
-    return bool(pages == 0)
+        return b""
+
+
+def _pages_before(journal: bytes) -> int | None:
+    """How many pages the database had that a journal leads back to; None if it leads nowhere.
+
+    Of a first open that was cut off it is 0.
+    """
+    if not journal.startswith(_JOURNAL_MAGIC) or len(journal) < 20:
+        return None
+    (pages,) = struct.unpack(">I", journal[16:20])
+    return int(pages)
 
 
 def _create(path: str, mode: int) -> None:
@@ -261,10 +310,10 @@ def holds_lock(path: str) -> bool:
     return not lines
 
 
-def rows_of(connection: Connection, sql: str, arguments: Sequence[Any]) -> Iterable[Any]:
-    """The rows of a statement that hasn't run yet.
+def run(done: list[Any], connection: Connection, sql: str, arguments: Sequence[Any]) -> None:
+    """Run a statement that returns no rows; `done` isn't empty once it has.
 
-    `rows.extend(rows_of(…))` runs it and keeps its rows in one C call: no Ctrl-C can come between
-    the commit and the rows, which lost 704 of 704 when it did.
+    Both happen in one C call, so no Ctrl-C can come between the commit and the note of it: as two
+    steps, 704 of 704 interrupted pulls lost their entry.
     """
-    return chain.from_iterable(map(connection.execute, (sql,), (arguments,)))
+    done.extend(map(connection.execute, (sql,), (arguments,)))

@@ -9,6 +9,7 @@ Only then is anything acknowledged. An error before the commit means that nothin
 failed commit one more durable commit makes that certain, or the error is UndecidedError.
 """
 
+import functools
 import logging
 import os
 import threading
@@ -78,7 +79,7 @@ class _Session:
         self.data_version = 0
         self.booted = False  # whether the commit before the first write is done
         self.wal_descriptor: int | None = None
-        self.identity: Identity | None = None
+        self.identity = Identity()
         try:
             self.file_id = self.connection.execute(SELECT_FILE_ID).get
             if os.path.exists(path + "-wal"):  # not so under a vfs that keeps its files elsewhere
@@ -86,6 +87,7 @@ class _Session:
                 self.identity = Identity(path, path + "-wal")
                 if not self.identity.stands() or has_moved(self.connection):
                     raise MovedError(f"{path}: it was moved while it was opened")
+            self.poll = self.identity.poll
             self.turnstile = Turnstile(self.wal_descriptor)
             self.marks = Marks(self.wal_descriptor)
             if options.history is not None:
@@ -112,8 +114,7 @@ class _Session:
         self._close_files()
 
     def _close_files(self) -> None:
-        if self.identity is not None:
-            self.identity.close()
+        self.identity.close()
         if self.reader is not None:
             self.reader.close()
         self.connection.close()
@@ -157,7 +158,9 @@ class Database:
         self._forked = False
         self._lock = threading.Lock()
         self._read_lock = threading.Lock()
+        self._busy_timeout = options.busy_timeout
         self._session: _Session | None = None
+        self._spent: _Session | None = None  # one that is only to be closed
         with _opening:
             self._session = self._open()
             _databases.add(self)
@@ -185,37 +188,45 @@ class Database:
         Raises:
             ClosedError, StoreError: nothing happened, unless the error says otherwise.
         """
-        deadline = time.monotonic() + self.options.busy_timeout
-        held: list[bool] = []
+        now = time.monotonic()
+        deadline = now + self._busy_timeout
+        finished = False
         try:
-            # One C call takes the lock and notes it: no Ctrl-C can come between.
-            held.extend(map(self._lock.acquire, (True,), (self.options.busy_timeout,)))
-            if not held[0]:
-                raise self._busy()
-            session = self._ready()
-            session.patience.deadline = deadline
-            try:
-                if probe is not None and not probe(session.connection):
-                    return
+            with self._lock:
+                session = self._session
+                if session is None:
+                    session = self._ready()
+                identity = session.identity
+                if session.poll(0) or identity.alarmed or now >= identity.look_at:
+                    self._ensure_in_place(session, undecided=False)
+                session.patience.deadline = deadline
+                begun = False
                 try:
-                    session.turnstile.enter(deadline)
-                    if not session.booted:
-                        session.connection.execute(UPDATE_BOOTS)
-                        session.booted = True
-                    tokens = step(session.connection)
-                finally:
-                    session.turnstile.leave()
-                self._ensure_in_place(session, undecided=True)
-                for token in tokens:
-                    session.bell.ring(token, besides)
-            except BaseException as error:
-                self._roll_back(session, undo)
-                if isinstance(error, apsw.Error):
-                    raise self._failed(error, session) from error
-                raise
-        finally:
-            if held and held[0]:
-                self._lock.release()
+                    if probe is not None and not probe(session.connection):
+                        return
+                    try:
+                        session.turnstile.enter(deadline)
+                        begun = True
+                        if not session.booted:
+                            session.connection.execute(UPDATE_BOOTS)
+                            session.booted = True
+                        tokens = step(session.connection)
+                    finally:
+                        session.turnstile.leave()
+                    if session.poll(0) or identity.alarmed:
+                        self._ensure_in_place(session, undecided=True)
+                    for token in tokens:
+                        session.bell.ring(token, besides)
+                except BaseException as error:
+                    self._take_back(session, error, undo)
+                    self._explain(session, error, begun=begun)
+                    raise
+                finished = True
+        except BaseException:
+            if finished and undo is not None:  # an interrupt, while the lock was let go
+                with self._lock:
+                    surely(functools.partial(undo, self._ready().connection))
+            raise
 
     def transact(
         self,
@@ -248,6 +259,7 @@ class Database:
         """What `step` returns, run on the connection for browsing."""
         with self._read_lock:
             session = self._ready()
+            self._ensure_in_place(session, undecided=False)
             try:
                 return step(session.open_reader(self.options))
             except apsw.Error as error:
@@ -351,11 +363,12 @@ class Database:
         if session is not None:
             session.bell.wake_all()
         with self._lock, self._read_lock:
-            session, self._session = self._session, None
+            session = self._session or self._spent
+            self._session = self._spent = None
             if session is None:
                 return
             try:
-                if session.identity is not None and not session.identity.stands():
+                if not session.identity.stands():
                     # The path is another file's now: leave its -wal alone.
                     session.connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
                 session.close()
@@ -377,11 +390,7 @@ class Database:
         self.ensure_open()
         if self._poison is not None:
             raise type(self._poison)(*self._poison.args) from self._poison
-        session = self._session
-        if session is None:
-            session = self._reopen()
-        self._ensure_in_place(session, undecided=False)
-        return session
+        return self._session or self._reopen()
 
     def _reopen(self) -> _Session:
         """Open again, in a forked child."""
@@ -401,11 +410,17 @@ class Database:
     # -- errors
 
     def _ensure_in_place(self, session: _Session, *, undecided: bool) -> None:
-        if session.identity is not None and not session.identity.stands():
-            self._poison = MovedError(
-                f"{self.options.path}: the file was unlinked, replaced or moved underneath"
-            )
-            raise MovedError(str(self._poison), undecided) from None
+        if not session.identity.stands():
+            moved = f"{self.options.path}: the file was unlinked, replaced or moved underneath"
+            self._spoil(MovedError(moved))
+            raise MovedError(moved, undecided)
+
+    def _spoil(self, error: StoreError) -> None:
+        """From now on, every verb raises this."""
+        self._poison = error
+        self._spent, self._session = self._session, None
+        if self._spent is not None:
+            self._spent.bell.wake_all()
 
     def _busy(self) -> BusyError:
         return BusyError(
@@ -424,32 +439,51 @@ class Database:
             return CorruptError(f"{path}: the file is damaged, or no SQLite database: {error}")
         return StoreError(f"{path}: {type(error).__name__}: {error}")
 
-    def _roll_back(self, session: _Session, undo: Callable[[Connection], None] | None) -> None:
-        """After an interrupt or a failure: leave no transaction open, and nothing taken."""
+    def _take_back(
+        self,
+        session: _Session,
+        error: BaseException,
+        undo: Callable[[Connection], None] | None,
+    ) -> None:
+        """After an interrupt or a failure: leave no transaction open, and nothing done.
 
-        def back() -> None:
-            if session.connection.in_transaction:
-                session.connection.execute("ROLLBACK")
-            if undo is not None:
-                undo(session.connection)
-
+        What SQLite refused to commit, or is rolled back, must not be undone as well: others may
+        have taken the entries, or been given the seqs, in the meantime.
+        """
+        connection = session.connection
         try:
-            surely(back)
+            if connection.in_transaction:
+                surely(functools.partial(_roll_back, connection))
+            elif undo is not None and not isinstance(error, apsw.Error):
+                surely(functools.partial(undo, connection))
         except apsw.Error:
-            log.exception("%s: an interrupted call could not be undone", self.options.path)
+            log.exception("%s: a call that failed could not be undone", self.options.path)
 
-    def _failed(self, error: apsw.Error, session: _Session) -> StoreError:
-        """After a failed write: make sure that it didn't happen, or say that this is open."""
-        if isinstance(error, apsw.IOError):
-            try:
-                session.connection.execute(UPDATE_BOOTS)
-            except apsw.Error:
-                self._poison = UndecidedError(
-                    f"{self.options.path}: the disk failed at the commit, and again afterwards: "
-                    "the last operation may or may not have happened; open the store anew and look"
-                )
-                return self._poison
-        return self._mapped(error)
+    def _explain(self, session: _Session, error: BaseException, *, begun: bool) -> None:
+        """Raise ours for apsw's, and make sure that what it says is true."""
+        if isinstance(error, apsw.IOError) and begun:
+            self._fence(session, error)
+        if isinstance(error, apsw.Error):
+            raise self._mapped(error) from error
+        if isinstance(error, BusyError):  # at the turnstile, which doesn't know whose it is
+            raise self._busy() from None
+
+    def _fence(self, session: _Session, error: apsw.IOError) -> None:
+        """After a failed write: one more commit, which makes sure that it didn't happen.
+
+        Frames that a failed commit has left behind the log's end are valid for the next recovery;
+        a commit that succeeds overwrites them.
+        """
+        session.patience.deadline = time.monotonic() + self._busy_timeout
+        try:
+            session.connection.execute(UPDATE_BOOTS)
+        except apsw.Error:
+            undecided = UndecidedError(
+                f"{self.options.path}: the disk failed at the commit, and again afterwards: the "
+                "last operation may or may not have happened; open the store anew and look"
+            )
+            self._spoil(undecided)
+            raise undecided from error
 
     # -- forks
 
@@ -462,12 +496,18 @@ class Database:
         self._lock.release()
 
     def _after_fork_in_child(self) -> None:
-        session, self._session = self._session, None
+        session = self._session or self._spent
+        self._session = self._spent = None
         self._lock = threading.Lock()
         self._read_lock = threading.Lock()
         self._forked = True
         if session is not None:
             session.abandon()
+
+
+def _roll_back(connection: Connection) -> None:
+    if connection.in_transaction:
+        connection.execute("ROLLBACK")
 
 
 # -- forks: the child inherits SQLite's table of locks, but not the locks. So every store of the

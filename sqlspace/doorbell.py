@@ -93,13 +93,13 @@ class Doorbell:
             tokens: Keys, or `room_token`s.
             takes: Whether it will take what it is woken for: then one of its kind is enough.
         """
-        self._watch.attend(self)
         with self._lock:
+            self._watch.attend(self)  # inside, or who dismisses the last waiter undoes it
             for token in tokens:
                 kind: Any = self._takers if takes else self._readers
                 if token not in kind:
-                    kind[token] = OrderedDict()
                     self._marks.hold(self._mark(token, takes=takes))
+                    kind[token] = OrderedDict()
                 kind[token][waiter] = None
 
     def dismiss(self, waiter: Waiter, tokens: Iterable[str]) -> None:
@@ -108,13 +108,14 @@ class Doorbell:
             for token in tokens:
                 for kind in (self._takers, self._readers):
                     waiters = kind.get(token)
-                    if waiters is not None and waiter in waiters:
-                        del waiters[waiter]
+                    if waiters is not None:
+                        waiters.pop(waiter, None)
                         if not waiters:
                             self._marks.drop(self._mark(token, takes=kind is self._takers))
                             del kind[token]
             if not self._takers and not self._readers:
                 self._watch.ignore(self)
+        self._watch.resign(waiter)
 
     def park(self, waiter: Waiter, seconds: float) -> None:
         """Sleep until woken; the first to sleep in this process watches for all of it."""
@@ -179,22 +180,18 @@ class Doorbell:
         question, base = self._question(token)
         if self._marks.find(question) is None:
             return
-        readers = base + _READING
-        while (found := self._find(readers, base + _SPAN)) is not None:
+        first = base + _READING
+        while (found := self._marks.smallest(first, base + _SPAN)) is not None:
             self._watch.send(found - base - _READING, self.file_id, token)
-            readers = found + 1
+            first = found + 1
         # Start anywhere among those who take, so that no process gets every ring, or, if it doesn't
         # answer, swallows every ring; on behind those who died, or whom no datagram reaches.
         start = base + random.randrange(_PIDS)  # noqa: S311  # no secret
         for first, end in ((start, base + _PIDS), (base, start)):
-            while (found := self._find(first, end)) is not None:
+            while (found := self._marks.smallest(first, end)) is not None:
                 if self._watch.send(found - base, self.file_id, token):
                     return
                 first = found + 1  # noqa: PLW2901
-
-    def _find(self, start: int, end: int) -> int | None:
-        found = self._marks.find(Marks.ask(start, end - start)) if start < end else None
-        return None if found is None else max(found, start)
 
     def _mark(self, token: str, *, takes: bool) -> int:
         """Where this process marks that it waits for a token."""
@@ -214,7 +211,8 @@ class Doorbell:
 class _File:
     """What the watch knows of one file."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: tuple[int, int] | str) -> None:
+        self.name = name
         self.bells: set[Doorbell] = set()
         self.look_at: float | None = None  # on the monotonic clock; None: at the next sign
         self.look_until = 0.0  # after that, only at a sign
@@ -226,53 +224,60 @@ class _Watch:
     """The process's ears: a socket for rings, inotify for files, a pipe to nudge who listens."""
 
     def __init__(self) -> None:
+        self._closed = True
         self._lock = threading.Lock()
         self._files: dict[tuple[int, int] | str, _File] = {}
         self._numbers: dict[int, _File] = {}
         self._parked: dict[Waiter, None] = {}
         self._watcher: Waiter | None = None
+        self._heir: Waiter | None = None  # woken to watch, and looking before it parks
         self._heard_at = 0.0  # when it last came round: the role of one that died is taken over
         self._inotify: Any = open_inotify()
         self._nudge_out, self._nudge_in = os.pipe()
         os.set_blocking(self._nudge_out, False)
         os.set_blocking(self._nudge_in, False)
         self._socket = _open_socket()
-        self._poll = select.poll()
-        self._poll.register(self._nudge_out, select.POLLIN)
-        if self._socket is not None:
-            self._poll.register(self._socket.fileno(), select.POLLIN)
-        if self._inotify is not None:
-            self._poll.register(self._inotify.fileno(), select.POLLIN)
+        self._ears = [self._nudge_out]
+        self._ears += [ear.fileno() for ear in (self._socket, self._inotify) if ear is not None]
+        self._closed = False
 
     # -- who is there
 
     def attend(self, bell: Doorbell) -> None:
         """Watch the bell's file from now on."""
+        name = bell.file_id or bell.wal
         with self._lock:
-            file = self._files.get(bell.file_id or bell.wal)
+            file = self._files.get(name)
             if file is None:
-                file = self._files[bell.file_id or bell.wal] = _File()
+                file = self._files[name] = _File(name)
             file.bells.add(bell)
-            if file.number is None and file.look_at is None:
-                self._arm(file, bell)
+            if file.number is None and file.look_at is None and not self._arm(file, bell):
+                self.nudge()  # who watches may sleep longer than until the next look
 
     def ignore(self, bell: Doorbell) -> None:
         with self._lock:
             file = self._files.get(bell.file_id or bell.wal)
             if file is not None:
                 file.bells.discard(bell)
-                if not file.bells:
-                    file.look_at = None  # an armed watch goes by itself, at the next change
+                self._tidy(file)
 
-    def _arm(self, file: _File, bell: Doorbell) -> None:
+    def _tidy(self, file: _File) -> None:
+        """Forget a file that nobody waits for; an armed watch goes first, at the next change."""
+        if not file.bells:
+            file.look_at = None
+            if file.number is None:
+                self._files.pop(file.name, None)
+
+    def _arm(self, file: _File, bell: Doorbell) -> bool:
         """Ask for one sign of a change; where that can't be, look without one."""
         if self._inotify is not None and bell.file_id is not None:
             with contextlib.suppress(OSError):
                 number = self._inotify.add_watch(bell.wal, _IN_MODIFY | _IN_ONESHOT)
                 file.number = number
                 self._numbers[number] = file
-                return
+                return True
         self._plan(file)  # no sign will come, so its time never ends
+        return False
 
     def _plan(self, file: _File) -> None:
         """After a sign: look soon, and for a while."""
@@ -309,15 +314,18 @@ class _Watch:
         with self._lock:
             lost = time.monotonic() - self._heard_at > 2 * LOOK_AGAIN_SECONDS
             if self._watcher is None or lost:
-                self._watcher = waiter
+                self._watcher, self._heir = waiter, None
                 self._heard_at = time.monotonic()
             else:
                 self._parked[waiter] = None
         try:
             if self._watcher is waiter:
                 waiter.listen(self.nudge)
+                poll = select.poll()  # its own: when a lost role is taken over, two may listen
+                for ear in self._ears:
+                    poll.register(ear, select.POLLIN)
                 while not waiter.park(0) and (left := ends - time.monotonic()) > 0:
-                    self._listen(left)
+                    self._listen(poll, left)
             else:
                 waiter.park(seconds)
         finally:
@@ -326,18 +334,28 @@ class _Watch:
                 self._parked.pop(waiter, None)
                 if self._watcher is waiter:
                     self._watcher = None
-                    for heir in self._parked:
-                        heir.wake()  # it looks, finds nothing, and parks as the watcher
-                        break
+                    self._call_heir()
 
-    def _listen(self, seconds: float) -> None:
+    def resign(self, waiter: Waiter) -> None:
+        """It waits no more: if it was called to watch, call another."""
+        with self._lock:
+            if self._heir is waiter:
+                self._call_heir()
+
+    def _call_heir(self) -> None:
+        """Have one that is parked look, find nothing, and park as the watcher."""
+        self._heir = next(iter(self._parked), None) if self._watcher is None else None
+        if self._heir is not None:
+            self._heir.wake()
+
+    def _listen(self, poll: "select.poll", seconds: float) -> None:
         """One round of the watching thread."""
         with self._lock:
             self._heard_at = time.monotonic()
             looks = [file.look_at for file in self._files.values() if file.look_at is not None]
         if looks:
             seconds = min(seconds, max(0.0, min(looks) - time.monotonic()))
-        for descriptor, _ in self._poll.poll(seconds * 1000):
+        for descriptor, _ in poll.poll(seconds * 1000):
             if descriptor == self._nudge_out:
                 with contextlib.suppress(BlockingIOError):
                     os.read(self._nudge_out, 4096)
@@ -376,12 +394,15 @@ class _Watch:
         """Read the signs of change, and plan a look for each."""
         with self._lock:
             for event in self._inotify.read(timeout=0):
-                if event.wd == -1:  # the queue overflowed
-                    for file in self._files.values():
-                        file.look_at = 0.0 if file.bells else None
+                if event.wd == -1:  # the queue overflowed: signs of any file may be lost
+                    self._numbers.clear()
+                    for file in list(self._files.values()):
+                        file.number, file.look_at = None, 0.0
+                        self._tidy(file)
                 changed = self._numbers.pop(event.wd, None)
                 if changed is not None:
                     changed.number = None
+                    self._tidy(changed)
                     if changed.bells:
                         self._plan(changed)
 
@@ -418,12 +439,17 @@ class _Watch:
                 file.look_at = now + file.pause if on else None
 
     def close(self) -> None:
-        os.close(self._nudge_in)
-        os.close(self._nudge_out)
-        if self._socket is not None:
-            self._socket.close()
-        if self._inotify is not None:
-            self._inotify.close()
+        if not self._closed:
+            self._closed = True
+            os.close(self._nudge_in)
+            os.close(self._nudge_out)
+            if self._socket is not None:
+                self._socket.close()
+            if self._inotify is not None:
+                self._inotify.close()
+
+    def __del__(self) -> None:  # at the process's end: without it, a ResourceWarning
+        self.close()
 
 
 def _address(pid: int) -> str:

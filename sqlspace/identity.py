@@ -7,12 +7,16 @@ inotify watches, and one poll asks whether anything happened; only then is there
 is a hint and not a verdict: a chmod, a hard link, or root opening the -wal raise one too.
 
 One inotify instance serves all the stores of a process. Without inotify it is the stat, each time.
+That a directory above the file was renamed raises no event here (to watch it slows down every write
+into it); a look once a second finds it, and until then nothing is lost, for the file moved along.
 """
 
 import contextlib
 import os
 import select
 import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 from .inotify import open_inotify
@@ -27,10 +31,13 @@ class _Sentry:
         self._lock = threading.Lock()
         self._inotify: Any = open_inotify()
         self._watchers: dict[int, set[Identity]] = {}
-        self._poll = select.poll()
+        self._epoll: Any = None
+        self.poll: Callable[[float], object] = _silence  # truthy if there is something to drain
         if self._inotify is not None:
-            self._poll.register(self._inotify.fileno(), select.POLLIN)
-        self.poll = self._poll.poll
+            # Not select.poll(): all threads ask at once, and that object raises if they do.
+            self._epoll = select.epoll()
+            self._epoll.register(self._inotify.fileno(), select.EPOLLIN)
+            self.poll = self._epoll.poll
 
     def watch(self, path: str, mask: int, identity: "Identity") -> int | None:
         """Alarm `identity` when something happens to `path`; None if it can't be watched."""
@@ -56,25 +63,34 @@ class _Sentry:
                     self._inotify.rm_watch(number)
 
     def drain(self) -> None:
-        """Read what happened, and alarm whom it concerns."""
+        """Read what happened, and alarm everybody: first, for what is read nobody else can poll."""
         with self._lock:
-            for event in self._inotify.read(timeout=0):
-                if event.wd == -1:  # the queue overflowed: it may concern anybody
-                    for watchers in self._watchers.values():
-                        for identity in watchers:
-                            identity.alarmed = True
-                for identity in self._watchers.get(event.wd, ()):
+            for watchers in self._watchers.values():
+                for identity in watchers:
                     identity.alarmed = True
+            self._inotify.read(timeout=0)
+
+    def rest(self, identity: "Identity", *, alarmed: bool) -> None:
+        """End an alarm; not while somebody reads, who may have read what it was raised for."""
+        with self._lock:
+            identity.alarmed = alarmed
 
     def close(self) -> None:
+        if self._epoll is not None:
+            self._epoll.close()
         if self._inotify is not None:
             self._inotify.close()
+
+    def __del__(self) -> None:  # at the process's end: without it, a ResourceWarning
+        self.close()
 
 
 # From <sys/inotify.h>
 _ATTRIB = 0x004
 _DELETE_SELF = 0x400
 _MOVE_SELF = 0x800
+
+_LOOK_AGAIN_SECONDS = 1.0
 
 _sentry: _Sentry | None = None
 _sentry_lock = threading.Lock()
@@ -106,9 +122,10 @@ class Identity:
 
     def __init__(self, *paths: str) -> None:
         self.alarmed = False
+        self.look_at = 0.0  # on the monotonic clock
         sentry = _the_sentry()
         self._sentry = sentry
-        self._poll = sentry.poll
+        self.poll = sentry.poll  # truthy if something happened, to whomever
         self._numbers: list[int] = []
         watched = True
         for path in paths:
@@ -116,20 +133,20 @@ class Identity:
             watched = watched and number is not None
             if number is not None:
                 self._numbers.append(number)
-        for directory in {parent for path in paths for parent in _parents(path)}:
-            number = sentry.watch(directory, _MOVE_SELF, self)
-            if number is not None:  # a directory that we may not read can't be watched
-                self._numbers.append(number)
-        self._always = not watched
+        # What can't be watched is looked at each time.
+        self._always = self.alarmed = not watched
         self._found = [(path, _identify(path)) for path in paths]
 
     def stands(self) -> bool:
         """Whether every file is still what it was when this was made."""
-        if self._poll(0):
+        if self.poll(0):
             self._sentry.drain()
-        if not self.alarmed and not self._always:
+        now = time.monotonic()
+        if not self.alarmed and now < self.look_at:
             return True
-        self.alarmed = False  # before the look: what happens after it raises the alarm again
+        self.look_at = now + _LOOK_AGAIN_SECONDS
+        # Before the look: what happens after it raises the alarm again.
+        self._sentry.rest(self, alarmed=self._always)
         if all(found is not None and _identify(path) == found for path, found in self._found):
             return True
         self.alarmed = True
@@ -142,17 +159,14 @@ class Identity:
         self._numbers.clear()
 
 
+def _silence(_: float) -> object:
+    """Without inotify nothing is heard."""
+    return None
+
+
 def _identify(path: str) -> tuple[int, int] | None:
     try:
         found = os.stat(path)
     except OSError:
         return None
     return (found.st_dev, found.st_ino) if found.st_nlink else None
-
-
-def _parents(path: str) -> list[str]:
-    parents = []
-    while (parent := os.path.dirname(path)) != path:
-        parents.append(parent)
-        path = parent
-    return parents

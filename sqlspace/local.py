@@ -5,52 +5,76 @@ has no entries, a key that has entries has no takers, and nobody who comes later
 between. Every state change happens under the one lock, and values are let go outside of it, for
 their destructors may call in again.
 
+An entry is there while it is `live`, and the bag's `count` says how many are. Both change in plain
+stores beside the one that hands the entry on, with no call between them, so that Ctrl-C finds
+either all of it done or nothing. All else (dead entries in the deques and in the heap, empty bags)
+is swept up afterwards, by the same call or, if that was cut off, by a later one.
+
 A key exists as a `_Bag` for as long as something stands or waits under it, and not longer.
 """
 
 import heapq
-import itertools
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any, Self
 
 from .arguments import check_key, check_keys, check_ttl
 from .errors import ClosedError
 from .space import Context
-from .waiting import MISSING, Waiter, wait
+from .waiting import MISSING, Waiter, surely, wait
 
 __all__ = ["Local"]
 
 
 class _Entry:
-    __slots__ = ("expires", "live", "value")
+    __slots__ = ("bag", "expires", "live", "number", "value")
 
     def __init__(self, value: Any, expires: float | None) -> None:
         self.value = value
         self.expires = expires  # on the monotonic clock
-        self.live = True  # neither taken nor expired
+        self.live = False  # it stands in its bag, neither taken nor expired
+        self.number = 0  # its place: entries of a key stand in this order
+        self.bag: _Bag
 
 
 class _Bag:
     """What stands and who waits under one key."""
 
-    __slots__ = ("drainers", "entries", "expired", "readers", "takers")
+    __slots__ = ("count", "drainers", "entries", "key", "readers", "takers")
 
-    def __init__(self) -> None:
-        self.entries: deque[_Entry] = deque()
-        self.expired = 0  # how many of them have expired; none of these is the first
+    def __init__(self, key: str) -> None:
+        self.key = key
+        self.entries: deque[_Entry] = deque()  # the first of them is live
+        self.count = 0  # of the live ones
         self.takers: OrderedDict[Waiter, None] = OrderedDict()
         self.readers: dict[Waiter, None] = {}
         self.drainers: dict[Waiter, None] = {}
 
-    def __len__(self) -> int:
-        return len(self.entries) - self.expired
+    def head(self) -> _Entry:
+        """The first live entry of a bag that has one."""
+        while not self.entries[0].live:  # left by a call that was cut off
+            self.entries.popleft()
+        return self.entries[0]
 
-    def is_idle(self) -> bool:
-        return not (self.entries or self.takers or self.readers or self.drainers)
+    def show(self, value: Any) -> None:
+        """Give all readers what they wait for."""
+        for reader in self.readers:
+            reader.found = value
+            reader.wake()
+        self.readers.clear()
+
+    def longest_waiting(self) -> Waiter | None:
+        """The taker whose turn it is."""
+        while self.takers:
+            taker = next(iter(self.takers))
+            if taker.found is MISSING and not taker.over:
+                return taker
+            taker.wake()  # another of its keys was faster, or it gives up
+            del self.takers[taker]
+        return None
 
 
 class Local:
@@ -71,9 +95,10 @@ class Local:
         self._lock = threading.Lock()
         self._bags: dict[str, _Bag] = {}
         self._closed = False
-        self._expiries: list[tuple[float, int, str, _Entry]] = []  # a heap
-        self._number = itertools.count()  # keeps the heap from comparing entries
-        self._taken_early = 0  # entries in the heap that were taken before they expired
+        self._number = 0  # the last that was given
+        # A heap of (when, a number that keeps it from comparing entries, entry).
+        self._expiries: list[tuple[float, int, _Entry]] = []
+        self._taken_early = 0  # how many in it were taken before they expired
 
     # -- adding
 
@@ -89,9 +114,9 @@ class Local:
         """
         if type(key) is not str or key not in self._bags:
             key = check_key(key)
-        entry = _Entry(value, _expiry(ttl))
+        entry = _Entry(value, None if ttl is None else _expiry(ttl))
         with self._lock:
-            self._sweep()
+            _expired = self._sweep() if self._expiries else None
             if not self._closed:
                 self._add(key, entry)
 
@@ -105,26 +130,27 @@ class Local:
         """
         key = check_key(key)
         entry = _Entry(value, _expiry(ttl))
-        replaced: Iterable[_Entry] = ()
         with self._lock:
-            self._sweep()
+            _expired = self._sweep()
             if self._closed:
                 return
-            bag = self._bags.get(key)
-            if bag is not None:
-                replaced, bag.entries, bag.expired = bag.entries, deque(), 0
-                for old in replaced:
-                    self._retire(old)
-            self._add(key, entry)
-        del replaced  # the values go here, outside of the lock
+            old = self._bags.get(key)
+            if old is None or not old.count:
+                self._add(key, entry)
+                return
+            new = _Bag(key)
+            new.readers, new.drainers = old.readers, old.drainers
+            self._add(key, entry, bag=new)
+            self._bags[key] = new
+            _replaced = [self._bury(gone) for gone in old.entries if gone.live]
 
     def out_if_empty(self, key: str, value: Any) -> bool:
         """Add `value` if `key` holds no entry, in one step; whether it was added."""
         key = check_key(key)
         with self._lock:
-            self._sweep()
+            _expired = self._sweep()
             bag = self._bags.get(key)
-            if self._closed or (bag is not None and len(bag)):
+            if self._closed or (bag is not None and bag.count):
                 return False
             self._add(key, _Entry(value, None))
             return True
@@ -142,7 +168,10 @@ class Local:
         Raises:
             ClosedError, CanceledError, DeadlineError: asked for in this order; nothing was taken.
         """
-        return self._in([check_key(key)], timeout, context)[1].value
+        entry = self._in([check_key(key)], timeout, context)
+        # The heap may hold the entry on. No call from here, so that no Ctrl-C loses the value.
+        value, entry.value = entry.value, None
+        return value
 
     def in_any(
         self, keys: Iterable[str], timeout: float | None = None, *, context: Context | None = None
@@ -152,8 +181,9 @@ class Local:
         Returns:
             The key, and the value taken from it.
         """
-        key, entry = self._in(check_keys(keys), timeout, context)
-        return key, entry.value
+        entry = self._in(check_keys(keys), timeout, context)
+        value, entry.value = entry.value, None
+        return entry.bag.key, value
 
     def rd(self, key: str, timeout: float | None = None, *, context: Context | None = None) -> Any:
         """Return the head of `key` and leave it there, waiting for one; raises as `in_`."""
@@ -164,21 +194,14 @@ class Local:
                 self._ensure_open()
                 if waiter.found is not MISSING:  # out() has put it there
                     return
-                self._sweep()
+                _expired = self._sweep()
                 bag = self._bags.get(key)
-                if bag is not None and bag.entries:
-                    waiter.found = bag.entries[0]
+                if bag is not None and bag.count:
+                    waiter.found = bag.head().value
                 elif enroll:
                     self._bag(key).readers[waiter] = None
 
-        def leave(waiter: Waiter) -> None:
-            with self._lock:
-                bag = self._bags.get(key)
-                if bag is not None:
-                    bag.readers.pop(waiter, None)
-                    self._tidy(key, bag)
-
-        return self._wait(look, leave, timeout, context).value
+        return self._wait(look, [key], timeout, context)
 
     def nrd(
         self, key: str, timeout: float | None = None, *, context: Context | None = None
@@ -189,47 +212,50 @@ class Local:
         def look(waiter: Waiter, enroll: bool) -> None:
             with self._lock:
                 self._ensure_open()
-                self._sweep()
+                _expired = self._sweep()
                 bag = self._bags.get(key)
-                if bag is None or not bag.entries:
+                if bag is None or not bag.count:
                     waiter.found = None
                 elif enroll:
                     bag.drainers[waiter] = None
 
-        def leave(waiter: Waiter) -> None:
-            with self._lock:
-                bag = self._bags.get(key)
-                if bag is not None:
-                    bag.drainers.pop(waiter, None)
-                    self._tidy(key, bag)
-
         def horizon() -> float | None:
-            with self._lock:
-                bag = self._bags.get(key)
-                ends = [entry.expires for entry in bag.entries] if bag is not None else []
-            times = [end for end in ends if end is not None]
-            return max(times) - time.monotonic() if times and len(times) == len(ends) else None
+            with self._lock:  # no later than the first entry of this key that expires
+                return self._expiries[0][0] - time.monotonic() if self._expiries else None
 
-        self._wait(look, leave, timeout, context, horizon=horizon)
+        self._wait(look, [key], timeout, context, horizon=horizon)
 
     def inp(self, key: str, default: Any = None) -> Any:
         """Take the head of `key`, or return `default`; never waits."""
         if type(key) is not str or key not in self._bags:
             key = check_key(key)
-        with self._lock:
-            self._sweep()
-            bag = self._bags.get(key)
-            if bag is None or not bag.entries:
-                return default
-            return self._pop(key, bag).value
+        taken = None
+        try:
+            with self._lock:
+                _expired = self._sweep() if self._expiries else None
+                bag = self._bags.get(key)
+                if bag is None or not bag.count:
+                    return default
+                entry = bag.head()
+                entry.live, taken = False, entry
+                bag.count -= 1
+                self._let_go(bag, entry)
+        except BaseException:  # Ctrl-C
+            if taken is not None:
+                waiter = Waiter()
+                waiter.found = taken
+                surely(lambda: self._restore(waiter))
+            raise
+        value, taken.value = taken.value, None
+        return value
 
     def rdp(self, key: str, default: Any = None) -> Any:
         """Return the head of `key` and leave it there, or return `default`; never waits."""
         key = check_key(key)
         with self._lock:
-            self._sweep()
+            _expired = self._sweep()
             bag = self._bags.get(key)
-            return bag.entries[0].value if bag is not None and bag.entries else default
+            return bag.head().value if bag is not None and bag.count else default
 
     # -- looking
 
@@ -237,15 +263,15 @@ class Local:
         """How many entries `key` holds; the expired don't count."""
         key = check_key(key)
         with self._lock:
-            self._sweep()
+            _expired = self._sweep()
             bag = self._bags.get(key)
-            return len(bag) if bag is not None else 0
+            return bag.count if bag is not None else 0
 
     def keys(self) -> list[str]:
         """The keys that hold at least one entry, sorted."""
         with self._lock:
-            self._sweep()
-            return sorted(key for key, bag in self._bags.items() if len(bag))
+            _expired = self._sweep()
+            return sorted(key for key, bag in self._bags.items() if bag.count)
 
     # -- closing
 
@@ -270,9 +296,7 @@ class Local:
 
     # -- waits
 
-    def _in(
-        self, keys: list[str], timeout: float | None, context: Context | None
-    ) -> tuple[str, _Entry]:
+    def _in(self, keys: list[str], timeout: float | None, context: Context | None) -> _Entry:
         """Take from the first of `keys` that has an entry."""
 
         def look(waiter: Waiter, enroll: bool) -> None:
@@ -280,48 +304,55 @@ class Local:
                 self._ensure_open()
                 if waiter.found is not MISSING:  # out() has handed it over
                     return
-                self._sweep()
+                _expired = self._sweep() if self._expiries else None
                 for key in keys:
                     bag = self._bags.get(key)
-                    if bag is not None and bag.entries:
-                        waiter.found = key, bag.entries[0]  # noted before it leaves the bag
-                        self._pop(key, bag)
+                    if bag is not None and bag.count:
+                        entry = bag.head()
+                        entry.live, waiter.found = False, entry
+                        bag.count -= 1
+                        self._let_go(bag, entry)
                         return
                 if enroll:
                     for key in keys:
                         self._bag(key).takers[waiter] = None
 
+        found: _Entry = self._wait(look, keys, timeout, context, restore=self._restore)
+        return found
+
+    def _restore(self, waiter: Waiter) -> None:
+        """Put what a call took, and will not return, back in its place."""
+        with self._lock:
+            taken = waiter.found
+            if taken is MISSING:
+                return
+            back = _Entry(taken.value, taken.expires)
+            back.number = taken.number
+            if back.expires is None or back.expires > time.monotonic():
+                self._add(taken.bag.key, back, giver=waiter)
+            waiter.found = MISSING
+            taken.value = None
+
+    def _wait(
+        self,
+        look: Callable[[Waiter, bool], None],
+        keys: list[str],
+        timeout: float | None,
+        context: Context | None,
+        *,
+        restore: Callable[[Waiter], None] = lambda _waiter: None,
+        horizon: Callable[[], float | None] = lambda: None,
+    ) -> Any:
         def leave(waiter: Waiter) -> None:
             with self._lock:
                 for key in keys:
                     bag = self._bags.get(key)
                     if bag is not None:
                         bag.takers.pop(waiter, None)
-                        self._tidy(key, bag)
+                        bag.readers.pop(waiter, None)
+                        bag.drainers.pop(waiter, None)
+                        self._tidy(bag)
 
-        def restore(waiter: Waiter) -> None:
-            with self._lock:
-                if waiter.found is MISSING:
-                    return
-                key, entry = waiter.found
-                bag = self._bags.get(key)
-                if bag is None or not bag.entries or bag.entries[0] is not entry:
-                    self._add(key, _Entry(entry.value, entry.expires), at_head=True)
-                waiter.found = MISSING
-
-        found: tuple[str, _Entry] = self._wait(look, leave, timeout, context, restore=restore)
-        return found
-
-    def _wait(
-        self,
-        look: Any,
-        leave: Any,
-        timeout: float | None,
-        context: Context | None,
-        *,
-        restore: Any = lambda _waiter: None,
-        horizon: Any = lambda: None,
-    ) -> Any:
         return wait(
             look,
             leave=leave,
@@ -341,82 +372,114 @@ class Local:
     def _bag(self, key: str) -> _Bag:
         bag = self._bags.get(key)
         if bag is None:
-            bag = self._bags[key] = _Bag()
+            bag = self._bags[key] = _Bag(key)
         return bag
 
-    def _tidy(self, key: str, bag: _Bag) -> None:
-        if bag.is_idle() and self._bags.get(key) is bag:
-            del self._bags[key]
+    def _tidy(self, bag: _Bag) -> None:
+        """Forget the bag if nothing stands and nobody waits in it."""
+        if not (bag.entries or bag.takers or bag.readers or bag.drainers) and (
+            self._bags.get(bag.key) is bag
+        ):
+            del self._bags[bag.key]
 
-    def _add(self, key: str, entry: _Entry, *, at_head: bool = False) -> None:
-        bag = self._bag(key)
-        for reader in bag.readers:
-            reader.found = entry
-            reader.wake()
-        bag.readers.clear()
-        while bag.takers:
-            taker, _ = bag.takers.popitem(last=False)
-            if taker.found is MISSING:  # else another of its keys was faster
-                taker.found = key, entry
-                entry.live = False
-                taker.wake()
-                self._tidy(key, bag)
-                return
-        if at_head:
-            bag.entries.appendleft(entry)
+    def _add(
+        self, key: str, entry: _Entry, *, bag: _Bag | None = None, giver: Waiter | None = None
+    ) -> None:
+        """Hand the entry to a taker, or have it stand in its place; show it to the readers.
+
+        Args:
+            key: Of the entry.
+            entry: New, or with the number that it had before.
+            bag: Where to; if None, the key's.
+            giver: Whose `found` it was until now.
+        """
+        if bag is None:
+            bag = self._bag(key)
+        entry.bag = bag
+        value = entry.value
+        if giver is None:
+            self._number += 1
+            entry.number = self._number
+        taker = bag.longest_waiting() if bag.takers else None
+        if taker is not None:
+            taker.found = entry
+            if giver is not None:
+                giver.found = MISSING
+            taker.wake()
+            del bag.takers[taker]
         else:
-            bag.entries.append(entry)
-        if entry.expires is not None:
-            heapq.heappush(self._expiries, (entry.expires, next(self._number), key, entry))
-
-    def _pop(self, key: str, bag: _Bag) -> _Entry:
-        """Take the head of a bag that has one."""
-        entry = bag.entries.popleft()
-        self._retire(entry)
-        self._settle(key, bag)
-        return entry
-
-    def _retire(self, entry: _Entry) -> None:
-        """Note that a live entry has left; the heap is rebuilt when half of it has."""
-        if entry.live and entry.expires is not None:
-            self._taken_early += 1
-            if self._taken_early * 2 > len(self._expiries):
-                entry.live = False
-                self._expiries = [item for item in self._expiries if item[3].live]
-                heapq.heapify(self._expiries)
-                self._taken_early = 0
-        entry.live = False
-
-    def _settle(self, key: str, bag: _Bag) -> None:
-        """Let go the expired at the head, and tell those who wait for the key to be empty."""
-        while bag.entries and not bag.entries[0].live:
-            bag.entries.popleft()
-            bag.expired -= 1
-        if not bag.entries:
-            for waiter in bag.drainers:
-                waiter.wake()
-            self._tidy(key, bag)
-
-    def _sweep(self) -> None:
-        """Take out what has expired."""
-        if not self._expiries or self._expiries[0][0] > time.monotonic():
-            return
-        now = time.monotonic()
-        swept: dict[str, None] = {}
-        while self._expiries and self._expiries[0][0] <= now:
-            _, _, key, entry = heapq.heappop(self._expiries)
-            if entry.live:
-                entry.live = False
-                self._bags[key].expired += 1
-                swept[key] = None
+            if entry.expires is not None:
+                self._number += 1
+                heapq.heappush(self._expiries, (entry.expires, self._number, entry))
+                for drainer in bag.drainers:  # their horizon may have come nearer
+                    drainer.wake()
+            if giver is None:
+                bag.entries.append(entry)
             else:
+                before = sum(other.number < entry.number for other in bag.entries)
+                bag.entries.insert(before, entry)
+            entry.live = True
+            bag.count += 1
+            if giver is not None:
+                giver.found = MISSING
+        if bag.readers:
+            bag.show(value)
+        if not bag.entries:
+            self._tidy(bag)
+
+    def _let_go(self, bag: _Bag, entry: _Entry) -> None:
+        """Clean up behind an entry that was taken."""
+        if entry.expires is not None:
+            self._taken_early += 1
+            self._trim()
+        self._settle(bag)
+
+    def _bury(self, entry: _Entry) -> Any:
+        """The value of an entry that was replaced."""
+        value, entry.value = entry.value, None
+        entry.live = False
+        if entry.expires is not None:
+            self._taken_early += 1
+            self._trim()
+        return value
+
+    def _trim(self) -> None:
+        """Rebuild the heap when half of it was taken early."""
+        if self._taken_early * 2 > len(self._expiries):
+            kept = [item for item in self._expiries if item[2].live]
+            heapq.heapify(kept)
+            self._expiries, self._taken_early = kept, 0
+
+    def _settle(self, bag: _Bag) -> None:
+        """Let go the dead at the head, and tell those who wait for the key to be empty."""
+        entries = bag.entries
+        while entries and not entries[0].live:
+            entries.popleft()
+        if not entries:
+            for drainer in bag.drainers:
+                drainer.wake()
+            self._tidy(bag)
+
+    def _sweep(self) -> list[Any] | None:
+        """Take out what has expired; the caller holds the values until it has let go the lock."""
+        if not self._expiries or self._expiries[0][0] > time.monotonic():
+            return None
+        now = time.monotonic()
+        values = []
+        while self._expiries and self._expiries[0][0] <= now:
+            entry = self._expiries[0][2]
+            bag = entry.bag
+            if entry.live:
+                values.append(entry.value)
+                entry.live, entry.value = False, None
+                bag.count -= 1
+            elif self._taken_early:
                 self._taken_early -= 1
-        for key in swept:
-            bag = self._bags[key]
-            if bag.expired * 2 > len(bag.entries):
-                bag.entries = deque(entry for entry in bag.entries if entry.live)
-                bag.expired = 0
-            self._settle(key, bag)
+            if len(bag.entries) > 2 * bag.count:
+                bag.entries = deque(other for other in bag.entries if other.live)
+            self._settle(bag)
+            heapq.heappop(self._expiries)
+        return values
 
 
 def _expiry(ttl: float | None) -> float | None:

@@ -17,6 +17,7 @@ HISTORY_AT = 1 << 60  # + the history a store keeps
 WAITING_AT = 1 << 61  # + a hash of what is waited for, + the waiting process (see doorbell)
 
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock: type, whence, start, length, pid
+_NOBODY = struct.pack("h", fcntl.F_UNLCK)
 _SUPPORTED = hasattr(fcntl, "F_OFD_GETLK")
 
 
@@ -35,12 +36,16 @@ class Marks:
         self._set(fcntl.F_UNLCK, offset)
 
     def find(self, question: bytes) -> int | None:
-        """The offset of another descriptor's mark in the range that `ask` packed, or None."""
+        """The offset of another descriptor's mark in the range that `ask` packed, or None.
+
+        Of several, the kernel names any, not the first: see `smallest`.
+        """
         if self._descriptor is None:
             return None
         answer = fcntl.fcntl(self._descriptor, fcntl.F_OFD_GETLK, question)
-        kind, _, start, _, _ = _FLOCK.unpack(answer)
-        return None if kind == fcntl.F_UNLCK else int(start)
+        if answer.startswith(_NOBODY):
+            return None
+        return int(_FLOCK.unpack(answer)[2])
 
     def close(self) -> None:
         """Set none and find none from now on; the descriptor is its owner's to close."""

@@ -26,7 +26,11 @@ _MIGRATIONS = next(
     _HERE / "migrations",
 )
 
-SELECT_OBJECTS = "SELECT type, name, tbl_name, sql FROM sqlite_schema"
+# Read as blobs: a damaged file, or another application's, may hold what is no valid UTF-8.
+SELECT_OBJECTS = """
+SELECT CAST(type AS BLOB), CAST(name AS BLOB), CAST(tbl_name AS BLOB), CAST(sql AS BLOB)
+  FROM sqlite_schema
+"""
 SELECT_VERSION = "SELECT max(version) FROM sqlspace_schema"
 # Seeks into each b-tree: gross damage and planted numbers show here, at no cost that grows.
 SELECT_EXTREMES = """
@@ -53,7 +57,7 @@ class SchemaObject(NamedTuple):
     type: str
     name: str
     table: str
-    sql: str | None
+    sql: str  # '' of an index that a UNIQUE made
 
 
 @functools.cache
@@ -79,12 +83,16 @@ def _expected(version: int) -> frozenset[SchemaObject]:
 
 def _objects(connection: apsw.Connection) -> list[SchemaObject]:
     rows: Any = connection.execute(SELECT_OBJECTS)
-    return [SchemaObject(*row) for row in rows]
+    return [SchemaObject(*map(_text, row)) for row in rows]
+
+
+def _text(blob: bytes | None) -> str:
+    return "" if blob is None else blob.decode(errors="backslashreplace")
 
 
 def _is_ours(found: SchemaObject) -> bool:
-    return f"{found.name}".lower().startswith("sqlspace_") or (
-        f"{found.table}".lower().startswith("sqlspace_")
+    return found.name.lower().startswith("sqlspace_") or (
+        found.table.lower().startswith("sqlspace_")
     )
 
 
@@ -108,7 +116,7 @@ def examine(connection: apsw.Connection) -> int:
         raise SchemaError("its table sqlspace_schema isn't the one that sqlspace makes")
     version: Any = connection.execute(SELECT_VERSION).get
     newest = migrations()[-1].version
-    if version is None or version < 1:
+    if not isinstance(version, int) or version < 1:
         raise SchemaError("its table sqlspace_schema records no migration")
     if version > newest:
         raise SchemaError(
@@ -122,15 +130,16 @@ def examine(connection: apsw.Connection) -> int:
     lowest, highest, taken_no, _ = extremes
     if highest is not None and not 1 <= lowest <= highest < _SEQ_END:
         raise SchemaError(f"seqs were tampered with: they run from {lowest} to {highest}")
-    if taken_no is not None and not 0 <= taken_no < _SEQ_END:
-        raise SchemaError(f"the order of taking was tampered with: it is at {taken_no}")
+    # What is damaged may not even be a number.
+    if taken_no is not None and not (isinstance(taken_no, int) and 0 <= taken_no < _SEQ_END):
+        raise SchemaError(f"the order of taking was tampered with: it is at {taken_no!a}")
     return int(version)
 
 
 def is_embedded(connection: apsw.Connection) -> bool:
     """Whether others' tables live in the file too."""
     return any(
-        not _is_ours(found) and not f"{found.name}".startswith("sqlite_")
+        not _is_ours(found) and not found.name.startswith("sqlite_")
         for found in _objects(connection)
     )
 

@@ -15,7 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import apsw
 
@@ -30,9 +30,9 @@ from .arguments import (
     check_timeout,
     kind,
 )
-from .connection import Connection, Options, rows_of
+from .connection import Connection, Options, run
 from .database import Database
-from .doorbell import room_token
+from .doorbell import Doorbell, room_token
 from .errors import SpaceError, StoreError
 from .records import Compaction, Entry, Stats, Tombstone
 from .space import Context
@@ -43,15 +43,15 @@ __all__ = ["Store", "open"]
 log = logging.getLogger("sqlspace")
 
 INSERT = """
-INSERT INTO sqlspace_entries (key, payload, headers, pushed_at) VALUES (?, ?, ?, ?) RETURNING seq
+INSERT INTO sqlspace_entries (key, payload, headers, pushed_at) VALUES (?, ?, ?, ?)
 """
 SELECT_HEADS = """
-SELECT seq, ifnull(payload, x''), headers, pushed_at
+SELECT seq, key, ifnull(payload, x''), headers, pushed_at
   FROM sqlspace_entries INDEXED BY sqlspace_entries_live
  WHERE key = ? AND state = 0 AND state < 3 ORDER BY seq LIMIT ?
 """
-# RETURNING shows a row as it is afterwards, so the payload was read before; if the head has changed
-# since, this takes nothing.
+# RETURNING would show the row as it is afterwards, so the payload was read before; if the head has
+# changed since, this takes nothing.
 TAKE = """
 UPDATE sqlspace_entries
    SET state = 3, payload = NULL, headers = NULL, taken_at = ?1,
@@ -61,7 +61,6 @@ UPDATE sqlspace_entries
  WHERE seq = ?2
    AND seq = (SELECT seq FROM sqlspace_entries INDEXED BY sqlspace_entries_live
                WHERE key = ?3 AND state = 0 AND state < 3 ORDER BY seq LIMIT 1)
-RETURNING taken_no
 """
 TAKE_ONE_OF_MANY = """
 UPDATE sqlspace_entries
@@ -80,17 +79,12 @@ DELETE FROM sqlspace_entries WHERE seq IN (
    WHERE key = ?1 AND state < 3) AND seq < ?2
 """
 
+_NO_SEQ = (1 << 62) + 1  # beyond those that a row can have
 _LONGEST_BUSY_SECONDS = 1_000_000.0  # SQLite counts them in milliseconds, as an int
 
 
-class _Head(NamedTuple):
-    """An entry as it was read before it was taken: all that it takes to put it back."""
-
-    seq: int
-    key: str
-    payload: bytes
-    headers: str | None
-    pushed_at: int
+Head = tuple[int, str, bytes, str | None, int]
+"""An entry as it was read before it was taken: seq, key, payload, headers, pushed_at."""
 
 
 class Store:
@@ -130,21 +124,24 @@ class Store:
             ClosedError, StoreError: the entry was not added, unless it is an UndecidedError.
         """
         key, payload = check_key(key), check_payload(payload)
-        text = check_headers(headers)
+        text = None if headers is None else check_headers(headers)
         check_size(key, payload, text)
-        rows: list[tuple[int]] = []
+        done: list[Any] = []
+        seq = 0
 
         def step(connection: Connection) -> Iterable[str]:
-            row = (key, payload, text, _now())
-            rows.extend(rows_of(connection, INSERT, row))
+            nonlocal seq
+            run(done, connection, INSERT, (key, payload, text, _now()))
+            seq = connection.last_insert_rowid()
             return (key,)
 
         def undo(connection: Connection) -> None:
-            if rows:
-                upkeep.erase(connection, key, rows[0][0])
+            if done:
+                upkeep.erase(connection, key, seq or connection.last_insert_rowid())
+                done.clear()
 
         self._database.write(step, undo=undo)
-        return rows[0][0]
+        return seq
 
     def push_many(self, key: str, payloads: Iterable[bytes]) -> list[int]:
         """Add one entry for each payload, in one transaction: all of them, or none.
@@ -173,23 +170,25 @@ class Store:
             argument = f"payloads[{index}]"
             checked.append(check_payload(payload, argument))
             check_size(key, checked[-1], None, argument)
-        seqs: list[tuple[int]] = []
+        seqs: list[int] = []
 
         def step(connection: Connection) -> Iterable[str]:
             now = _now()
-            rows = ((key, payload, None, now) for payload in checked)
-            seqs.extend(connection.executemany(INSERT, rows))
+            connection.executemany(INSERT, ((key, payload, None, now) for payload in checked))
+            # Nobody else writes in between, so they follow each other.
+            last = connection.last_insert_rowid()
+            seqs[:] = range(last - len(checked) + 1, last + 1)
             return (key,)
 
         def undo(connection: Connection) -> None:
-            for (seq,) in seqs:
+            for seq in reversed(seqs):
                 upkeep.erase(connection, key, seq)
 
         if checked:
             self._database.transact(step, undo=undo)
         else:
             self._database.ensure_open()
-        return [seq for (seq,) in seqs]
+        return seqs
 
     def put(self, key: str, payload: bytes) -> int:
         """Make `payload` the one entry of `key`, in place of all that it held, in one transaction.
@@ -208,16 +207,17 @@ class Store:
         """
         key, payload = check_key(key), check_payload(payload)
         check_size(key, payload, None)
-        seq: Any = 0
+        seq = 0
 
         def step(connection: Connection) -> Iterable[str]:
             nonlocal seq
-            seq = connection.execute(INSERT, (key, payload, None, _now())).fetchall()[0][0]
+            connection.execute(INSERT, (key, payload, None, _now()))
+            seq = connection.last_insert_rowid()
             connection.execute(DELETE_EARLIER, (key, seq))
             return key, room_token(key)
 
         self._database.transact(step)
-        return int(seq)
+        return seq
 
     # -- taking
 
@@ -238,7 +238,13 @@ class Store:
             ClosedError, CanceledError, DeadlineError: asked for in this order; nothing was taken.
             StoreError: nothing was taken, unless it is an UndecidedError.
         """
-        return self._wait_and_take([check_key(key)], timeout, context).payload
+        keys = [check_key(key)]
+        if context is None and (timeout is None or check_timeout(timeout)):
+            # There mostly is one, and then there is nothing to wait for.
+            taken = self._take(keys)
+            if taken is not None:
+                return taken[2]
+        return self._wait_and_take(keys, timeout, context)[2]
 
     def pull_any(
         self, keys: Iterable[str], timeout: float | None = None, *, context: Context | None = None
@@ -249,12 +255,12 @@ class Store:
             The key, and the payload taken from it.
         """
         taken = self._wait_and_take(check_keys(keys), timeout, context)
-        return taken.key, taken.payload
+        return taken[1], taken[2]
 
     def pullp(self, key: str) -> bytes | None:
         """Take the head of `key`, or return None; never waits for one. Otherwise as `pull`."""
         taken = self._take([check_key(key)])
-        return None if taken is None else taken.payload
+        return None if taken is None else taken[2]
 
     def pull_many(self, key: str, limit: int) -> list[bytes]:
         """Take up to `limit` entries of `key` from its head, in one transaction; never waits.
@@ -271,34 +277,30 @@ class Store:
         """
         key = check_key(key)
         limit = min(check_int(limit, "limit", 1), 1 << 62)
-        heads: list[_Head] = []
+        heads: list[Head] = []
+        payloads: list[bytes] = []
 
         def step(connection: Connection) -> Iterable[str]:
-            heads.clear()
-            heads.extend(_heads(connection, key, limit))
+            heads[:] = _select_heads(connection, key, limit)
+            payloads[:] = [head[2] for head in heads]  # here, within reach of undo
             now = _now()
-            last: Any = connection.execute(browsing.SELECT_LAST_TAKEN).get
+            last: Any = connection.execute(upkeep.SELECT_LAST_TAKEN).get
             connection.executemany(
                 TAKE_ONE_OF_MANY,
-                [(now, last + number, head.seq) for number, head in enumerate(heads, 1)],
+                [(now, last + number, head[0]) for number, head in enumerate(heads, 1)],
             )
-            keep = self._database.history()
-            if keep is not None and heads:
-                connection.execute(
-                    upkeep.DELETE_TAKEN, (last + len(heads) - keep, len(heads) + upkeep.PRUNE_ROWS)
-                )
+            upkeep.prune(connection, self._database.history(), len(heads) + upkeep.PRUNE_ROWS)
             return (room_token(key),)
 
         def undo(connection: Connection) -> None:
-            for head in heads:
-                _put_back(connection, head)
+            connection.executemany(PUT_BACK, heads)
             heads.clear()
 
         def probe(connection: Connection) -> bool:
             return bool(connection.execute(browsing.SELECT_READY, (key,)).fetchall())
 
         self._database.transact(step, probe=probe, undo=undo)
-        return [head.payload for head in heads]
+        return payloads
 
     def remove(self, key: str, seq: int) -> bool:
         """Delete one live entry; it leaves no tombstone. Whether it was there.
@@ -307,7 +309,7 @@ class Store:
             key: Of the entry.
             seq: As `push` returned it.
         """
-        key, seq = check_key(key), check_int(seq, "seq", 1)
+        key, seq = check_key(key), min(check_int(seq, "seq", 1), _NO_SEQ)
         removed = False
 
         def step(connection: Connection) -> Iterable[str]:
@@ -315,8 +317,7 @@ class Store:
             removed = upkeep.erase(connection, key, seq)
             return (room_token(key),) if removed else ()
 
-        if seq < 1 << 62:
-            self._database.transact(step)
+        self._database.transact(step)
         return removed
 
     def clear(self, key: str) -> int:
@@ -376,8 +377,8 @@ class Store:
             key: Of the entry.
             seq: As `push` returned it.
         """
-        key, seq = check_key(key), check_int(seq, "seq", 1)
-        return browsing.entry(self._database, key, seq) if seq < 1 << 62 else None
+        key, seq = check_key(key), min(check_int(seq, "seq", 1), _NO_SEQ)
+        return browsing.entry(self._database, key, seq)
 
     def entries(self, key: str) -> Iterator[Entry]:
         """All live entries of `key`, by seq, read in batches as the iterator advances."""
@@ -461,112 +462,113 @@ class Store:
 
     # -- how a verb takes and waits
 
-    def _take(self, keys: list[str], waiter: Waiter | None = None) -> _Head | None:
+    def _take(self, keys: list[str], waiter: Waiter | None = None) -> Head | None:
         """Take the head of the first of `keys` that has one ready."""
         database = self._database
-        heads: list[_Head] = []
-        numbers: list[tuple[int]] = []  # the taking's, once it is committed
+        heads: list[Head] = []
+        done: list[Any] = []  # not empty once TAKE has run
+        taken = False
 
         def probe(connection: Connection) -> bool:
-            heads.clear()
             for key in keys:
-                heads.extend(_heads(connection, key, 1))
+                heads[:] = _select_heads(connection, key, 1)
                 if heads:
                     return True
             return False
 
         def step(connection: Connection) -> Iterable[str]:
-            while not numbers:
-                head = heads[0]
-                numbers.extend(rows_of(connection, TAKE, (_now(), head.seq, head.key)))
-                if not numbers and not probe(connection):  # others were faster
-                    return ()
-            if numbers[0][0] % upkeep.PRUNE_EVERY == 0:
+            nonlocal taken
+            while not taken:
+                seq, key, *_ = heads[0]
+                run(done, connection, TAKE, (_now(), seq, key))
+                taken = bool(connection.changes())
+                if not taken:  # others were faster
+                    done.clear()
+                    if not probe(connection):
+                        return ()
+            if seq % upkeep.PRUNE_EVERY == 0:
                 try:
-                    upkeep.prune(connection, numbers[0][0], database.history())
+                    upkeep.prune(connection, database.history())
                 except apsw.Error:  # the entry is taken; the next prune does it
                     log.warning("%s: pruning the history failed", self.path, exc_info=True)
-            tokens = [room_token(head.key)]
             if (
                 waiter is not None
-                and database.bell.awaited(head.key, waiter)
-                and connection.execute(browsing.SELECT_READY, (head.key,)).fetchall()
+                and database.bell.awaited(key, waiter)
+                and connection.execute(browsing.SELECT_READY, (key,)).fetchall()
             ):
                 # One ring wakes one taker: there is more, so this one wakes the next.
-                tokens.append(head.key)
-            return tokens
+                return room_token(key), key
+            return (room_token(key),)
 
         def undo(connection: Connection) -> None:
-            if numbers:
-                _put_back(connection, heads[0])
-                numbers.clear()
+            nonlocal taken
+            if taken or (done and connection.changes()):
+                connection.execute(PUT_BACK, heads[0])
+            taken = False
+            done.clear()
 
-        try:
-            database.write(step, probe=probe, undo=undo, besides=waiter)
-        except BaseException:
-            if numbers:  # an interrupt between the commit and here
-                self._put_back(heads[0])
-            raise
-        return heads[0] if numbers else None
+        database.write(step, probe=probe, undo=undo, besides=waiter)
+        return heads[0] if taken else None
 
-    def _put_back(self, head: _Head) -> None:
+    def _put_back(self, head: Head) -> None:
         """Restore an entry that was taken by a call that raises."""
 
         def step(connection: Connection) -> Iterable[str]:
-            _put_back(connection, head)
-            return (head.key,)
+            connection.execute(PUT_BACK, head)
+            return (head[1],)
 
         try:
             surely(lambda: self._database.write(step))
         except SpaceError:
-            log.exception("%s: entry %d could not be put back", self.path, head.seq)
+            log.exception("%s: entry %d could not be put back", self.path, head[0])
 
     def _wait_and_take(
         self, keys: list[str], timeout: float | None, context: Context | None
-    ) -> _Head:
-        def look(waiter: Waiter, enroll: bool) -> None:
-            if enroll:
-                self._database.bell.enroll(waiter, keys, takes=True)
-            taken = self._take(keys, waiter if enroll else None)
+    ) -> Head:
+        def look(waiter: Waiter, enrolled: bool) -> None:
+            taken = self._take(keys, waiter if enrolled else None)
             if taken is not None:
                 waiter.found = taken
 
         def restore(waiter: Waiter) -> None:
             self._put_back(waiter.found)
 
-        found: _Head = self._wait(look, keys, restore, timeout, context)
+        found: Head = self._wait(look, keys, timeout, context, restore)
         return found
 
     def _wait_until(
         self, token: str, met: Callable[[], bool], timeout: float | None, context: Context | None
     ) -> None:
-        def look(waiter: Waiter, enroll: bool) -> None:
-            if enroll:
-                self._database.bell.enroll(waiter, [token], takes=False)
+        def look(waiter: Waiter, _: bool) -> None:
             if met():
                 waiter.found = None
 
-        self._wait(look, [token], lambda _: None, timeout, context)
+        self._wait(look, [token], timeout, context, None)
 
     def _wait(
         self,
         look: Callable[[Waiter, bool], None],
         tokens: list[str],
-        restore: Callable[[Waiter], None],
         timeout: float | None,
         context: Context | None,
+        restore: Callable[[Waiter], None] | None,
     ) -> Any:
-        enrolled = False
+        """Wait at the doorbell; who can restore is one that takes."""
+        bell: Doorbell | None = None
+
+        def park(waiter: Waiter, seconds: float) -> None:
+            self._database.bell.park(waiter, seconds)
 
         def look_enrolled(waiter: Waiter, enroll: bool) -> None:
-            nonlocal enrolled
-            enrolled = enrolled or enroll
+            nonlocal bell
+            if enroll and bell is None:
+                bell = self._database.bell
+                bell.enroll(waiter, tokens, takes=restore is not None)
             look(waiter, enroll)
 
         def leave(waiter: Waiter) -> None:
-            if not enrolled:
+            if bell is None:
                 return
-            bell = self._database.bell
             bell.dismiss(waiter, tokens)
             if waiter.park(0):  # rung once more, in vain: that ring is another's
                 for token in tokens:
@@ -575,11 +577,11 @@ class Store:
         return wait(
             look_enrolled,
             leave=leave,
-            restore=restore,
+            restore=restore or (lambda _: None),
             ensure_open=self._database.ensure_open,
             timeout=timeout,
             context=context,
-            park=self._database.bell.park,
+            park=park,
         )
 
 
@@ -650,14 +652,10 @@ def _now() -> int:
     return time.time_ns() // 1000
 
 
-def _heads(connection: Connection, key: str, limit: int) -> list[_Head]:
-    """The first entries that can be taken."""
+def _select_heads(connection: Connection, key: str, limit: int) -> list[Head]:
+    """The first entries of `key` that can be taken."""
     rows: list[Any] = connection.execute(SELECT_HEADS, (key, limit)).fetchall()
-    return [_Head(seq, key, *rest) for seq, *rest in rows]
-
-
-def _put_back(connection: Connection, head: _Head) -> None:
-    connection.execute(PUT_BACK, head)
+    return rows
 
 
 def _check_bool(value: object, argument: str) -> bool:

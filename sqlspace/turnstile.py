@@ -16,9 +16,12 @@ import fcntl
 import threading
 import time
 
-from .errors import BusyError
+from .errors import BusyError, StoreError
+from .waiting import surely
 
 __all__ = ["Turnstile"]
+
+_BUSY = "other writers held the write lock beyond busy_timeout"
 
 
 class Turnstile:
@@ -62,7 +65,9 @@ class Turnstile:
 
     def leave(self) -> None:
         """Let the next one in; does nothing outside."""
-        if self._descriptor is not None:
+        # While the helper is on its way we are outside, and what it brings is its to give back: to
+        # unlock under it would have it hand over a lock that it no longer holds.
+        if self._descriptor is not None and not self._pending:
             fcntl.flock(self._descriptor, fcntl.LOCK_UN)
 
     def close(self) -> None:
@@ -73,30 +78,42 @@ class Turnstile:
                 self._go.release()
 
     def _queue(self, deadline: float) -> None:
+        if time.monotonic() >= deadline:
+            raise BusyError(_BUSY)
+        try:
+            self._send()
+            if self._granted.acquire(timeout=max(0.0, deadline - time.monotonic())):
+                return
+            self._give_up()
+            if self._granted.acquire(blocking=False):  # in the meantime
+                return
+        except BaseException:
+            surely(self._give_up)
+            raise
+        raise BusyError(_BUSY)
+
+    def _send(self) -> None:
+        """Have the helper wait, if it doesn't yet."""
         with self._mutex:
             self._wanted = True
             if not self._pending:
+                self._granted.acquire(blocking=False)  # what came as its caller was interrupted
                 self._pending = True
                 self._go.release()
-        if self._helper is None:
+        # An interrupt may have kept it from starting. A second one does no harm: one go, one goes.
+        if self._helper is None or not self._helper.is_alive():
             self._helper = threading.Thread(
                 target=self._help, name="sqlspace-turnstile", daemon=True
             )
-            self._helper.start()
-        try:
-            if self._granted.acquire(timeout=max(0.0, deadline - time.monotonic())):
-                return
-        except BaseException:
-            self._give_up()
-            raise
-        if not self._give_up():
-            raise BusyError("other writers held the write lock beyond busy_timeout")
+            try:
+                self._helper.start()
+            except RuntimeError as error:  # the process may have no more threads
+                raise StoreError(f"no thread to wait for the write lock: {error}") from error
 
-    def _give_up(self) -> bool:
-        """Stop wanting; whether the lock was handed over in the meantime."""
+    def _give_up(self) -> None:
+        """What the helper brings from now on, it gives back by itself."""
         with self._mutex:
             self._wanted = False
-            return self._granted.acquire(blocking=False)
 
     def _is_closed(self) -> bool:
         return self._closed
@@ -107,11 +124,17 @@ class Turnstile:
             self._go.acquire()
             if self._is_closed():
                 return
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+            locked = True
+            try:
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+            except OSError:  # closed just now; or the system has no lock to give
+                locked = False
             with self._mutex:
                 if self._is_closed():  # the lock went with the descriptor
                     return
                 self._pending = False
+                if not locked:
+                    continue
                 if self._wanted:
                     self._wanted = False
                     self._granted.release()

@@ -36,6 +36,10 @@ UPDATE sqlspace_entries
        max_attempts = NULL, dedupe = NULL, taken_at = NULL, taken_no = 0
  WHERE seq = ?
 """
+SELECT_LAST_TAKEN = """
+SELECT ifnull(max(taken_no), 0) FROM sqlspace_entries INDEXED BY sqlspace_entries_taken
+ WHERE taken_no IS NOT NULL
+"""
 # A bare row below the highest is needed no more.
 DELETE_BARE = """
 DELETE FROM sqlspace_entries
@@ -51,8 +55,8 @@ DELETE FROM sqlspace_entries WHERE seq IN (
    ORDER BY taken_no LIMIT ?2)
 """
 
-# A taking in so many prunes. In between, so many tombstones beyond the history stand in the file,
-# unseen by every verb.
+# One seq in so many prunes when it is taken. In between, so many tombstones beyond the history, or a
+# few more, stand in the file, unseen by every verb.
 PRUNE_EVERY = 64
 # No prune deletes more, so that no single pull stalls; it catches up fourfold.
 PRUNE_ROWS = 256
@@ -81,16 +85,17 @@ def erase(connection: Connection, key: str, seq: int) -> bool:
     return True
 
 
-def prune(connection: Connection, last: int, keep: int | None) -> None:
-    """Delete tombstones beyond the history, if it is time.
+def prune(connection: Connection, keep: int | None, rows: int = PRUNE_ROWS) -> None:
+    """Delete tombstones beyond the history.
 
     Args:
         connection: For writing.
-        last: The number of the taking that was just committed.
         keep: How many tombstones stay; None: all.
+        rows: Delete so many at most.
     """
-    if last % PRUNE_EVERY == 0 and keep is not None:
-        connection.execute(DELETE_TAKEN, (last - keep, PRUNE_ROWS))
+    if keep is not None:
+        last: Any = connection.execute(SELECT_LAST_TAKEN).get
+        connection.execute(DELETE_TAKEN, (last - keep, rows))
 
 
 def compact(database: Database) -> Compaction:

@@ -5,6 +5,10 @@ changes something wakes those enrolled afterwards. So no wake-up is ever lost. W
 put into `Waiter.found` by the step that takes it; when the wait then ends by an exception all the
 same (Ctrl-C between two bytecodes), it is restored from there: a wait that raises took nothing.
 
+CPython delivers a signal only where a function is called, entered or left into C, and where a loop
+turns; never between plain stores. So a step that takes writes all its marks in stores that follow
+each other, with no call between them, and cleans up after them.
+
 Backends differ in how they look, leave and restore, and in how they park; in nothing else.
 """
 
@@ -29,10 +33,11 @@ LOOK_AGAIN_SECONDS = 5.0
 class Waiter:
     """One blocked call: what it found, and the latch that its thread parks on."""
 
-    __slots__ = ("_latch", "_nudge", "found")
+    __slots__ = ("_latch", "_nudge", "found", "over")
 
     def __init__(self) -> None:
         self.found: Any = MISSING
+        self.over = False  # the call is about to raise: hand it nothing more
         self._nudge: Callable[[], None] | None = None
         self._latch = threading.Lock()
         self._latch.acquire()
@@ -55,13 +60,19 @@ class Waiter:
         return self._latch.acquire(timeout=seconds)
 
 
-def surely(step: Callable[[], None]) -> None:
-    """Run an idempotent step to its end, however often Ctrl-C cuts it off."""
+def surely(step: Callable[[], None]) -> BaseException | None:
+    """Run an idempotent step to its end, however often Ctrl-C cuts it off.
+
+    Returns:
+        The last interrupt that did, which the caller raises unless one is on its way already.
+    """
+    interrupt = None
     while True:
         try:
-            return step()
-        except KeyboardInterrupt:  # the first one is on its way to the caller already
-            continue
+            step()
+            return interrupt
+        except (KeyboardInterrupt, SystemExit) as error:  # the latter from a handler of SIGTERM
+            interrupt = error
 
 
 def wait(
@@ -93,9 +104,7 @@ def wait(
     """
     seconds = check_timeout(timeout)
     check_context(context)
-    deadline = None if seconds is None else time.monotonic() + seconds
-    if context is not None and context.deadline is not None:
-        deadline = context.deadline if deadline is None else min(deadline, context.deadline)
+    deadline = _deadline(seconds, context)
     waiter = Waiter()
     enroll = False  # most waits find something at the first look, and need not enroll
     try:
@@ -117,14 +126,44 @@ def wait(
                 ahead = horizon()
                 park(waiter, remaining if ahead is None else max(0.0, min(remaining, ahead)))
             enroll = True
-        leave(waiter)
+        if enroll:
+            leave(waiter)
         if context is not None:
             context._unregister(waiter)  # noqa: SLF001
     except BaseException:
-        surely(lambda: leave(waiter))
-        if context is not None:
-            surely(lambda: context._unregister(waiter))  # noqa: SLF001
-        if waiter.found is not MISSING:
-            surely(lambda: restore(waiter))
+        waiter.over = True  # no call, so no Ctrl-C comes before it
+
+        def end() -> None:
+            _end(waiter, leave, restore, context)
+
+        try:
+            interrupt = surely(end)
+        except (KeyboardInterrupt, SystemExit):  # on the way into it or out of it
+            surely(end)
+            raise
+        if interrupt is not None:  # whatever ends this wait, Ctrl-C is not swallowed
+            raise interrupt  # noqa: B904  # what it interrupted is its context
         raise
     return waiter.found
+
+
+def _deadline(seconds: float | None, context: Context | None) -> float | None:
+    """The earlier end of the two, on the monotonic clock."""
+    deadline = None if seconds is None else time.monotonic() + seconds
+    if context is not None and context.deadline is not None:
+        deadline = context.deadline if deadline is None else min(deadline, context.deadline)
+    return deadline
+
+
+def _end(
+    waiter: Waiter,
+    leave: Callable[[Waiter], None],
+    restore: Callable[[Waiter], None],
+    context: Context | None,
+) -> None:
+    """Undo all that a wait has done. Idempotent."""
+    leave(waiter)
+    if context is not None:
+        context._unregister(waiter)  # noqa: SLF001
+    if waiter.found is not MISSING:
+        restore(waiter)

@@ -1,0 +1,29 @@
+"""`sqlspace` and `python -m sqlspace`: the command line, if what it needs is installed.
+
+Nothing else of the package imports click and rich; they come with the extra `cli`.
+"""
+
+import sys
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Run the command line; ends by `SystemExit` with the exit code."""
+    try:
+        from . import cli  # noqa: PLC0415  # it imports what need not be installed
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("click", "rich"):
+            raise
+        print(  # noqa: T201
+            f"sqlspace: the command line needs {error.name}: pip install 'sqlspace[cli]'",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    cli.run()
+
+
+if __name__ == "__main__":
+    main()
