@@ -1,6 +1,7 @@
 """`sqlspace` and `python -m sqlspace`: the command line, if what it needs is installed.
 
-Nothing else of the package imports click and rich; they come with the extra `cli`.
+Nothing else of the package imports `cli` and `terminal`, which need click and rich; those come
+with the extra `cli`.
 """
 
 import sys
@@ -11,6 +12,13 @@ __all__ = ["main"]
 def main() -> None:
     """Run the command line; ends by `SystemExit` with the exit code."""
     try:
+        _run()
+    except KeyboardInterrupt:  # before there is a command, or after
+        sys.exit(130)
+
+
+def _run() -> None:
+    try:
         from . import cli  # noqa: PLC0415  # it imports what need not be installed
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in ("click", "rich"):
@@ -20,9 +28,8 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    cli.run()
+    else:
+        cli.run()
 
 
 if __name__ == "__main__":

@@ -8,12 +8,13 @@ import functools
 import json
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from . import upkeep
 from .arguments import check_key
 from .connection import Connection
 from .database import Database
+from .errors import CorruptError
 from .records import Entry, KeyStats, Stats, Tombstone
 
 __all__ = [
@@ -44,15 +45,16 @@ SELECT ifnull(payload, x'') FROM sqlspace_entries INDEXED BY sqlspace_entries_li
 COUNT = """
 SELECT count(*) FROM sqlspace_entries INDEXED BY sqlspace_entries_live WHERE key = ? AND state < 3
 """
+# The headers as a blob: what somebody else's SQL made of no valid UTF-8 can't be a str.
 SELECT_ENTRY = """
-SELECT seq, key, ifnull(payload, x''), headers, state, pushed_at, due_at, expires_at, deadline,
-       attempts
+SELECT seq, key, ifnull(payload, x''), CAST(headers AS BLOB), state, pushed_at, due_at,
+       expires_at, deadline, attempts
   FROM sqlspace_entries
  WHERE seq = ? AND key = ? AND state < 3
 """
 SELECT_ENTRIES = """
-SELECT seq, key, ifnull(payload, x''), headers, state, pushed_at, due_at, expires_at, deadline,
-       attempts
+SELECT seq, key, ifnull(payload, x''), CAST(headers AS BLOB), state, pushed_at, due_at,
+       expires_at, deadline, attempts
   FROM sqlspace_entries INDEXED BY sqlite_autoindex_sqlspace_entries_1
  WHERE key = ? AND seq > ? AND state < 3 ORDER BY seq
 """
@@ -124,7 +126,7 @@ def count(database: Database, key: str) -> int:
 def entry(database: Database, key: str, seq: int) -> Entry | None:
     """One live entry."""
     rows = database.read(SELECT_ENTRY, (seq, key))
-    return _entry(rows[0]) if rows else None
+    return _entry(rows[0], database.options.path) if rows else None
 
 
 def entries(database: Database, key: str) -> Iterator[Entry]:
@@ -133,7 +135,7 @@ def entries(database: Database, key: str) -> Iterator[Entry]:
     while True:
         batch: list[Any] = database.browse(functools.partial(_some, key=key, last=last))
         for row in batch:
-            yield _entry(row)
+            yield _entry(row, database.options.path)
         if not batch:
             return
         last = batch[-1][0]
@@ -239,13 +241,33 @@ def _nameable(key: bytes) -> str | None:
         return None
 
 
-def _entry(row: Any) -> Entry:
+def _headers(text: bytes | None) -> dict[str, str]:
+    """Those of an entry; ValueError if somebody else's SQL made them what they shouldn't be."""
+    if text is None:
+        return {}
+    try:
+        found = json.loads(text.decode())
+    except RecursionError:
+        raise ValueError("too deeply nested") from None
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise ValueError("something else")
+    return found
+
+
+def _entry(row: Any, path: str) -> Entry:
     seq, key, payload, headers, state, pushed_at, due_at, expires_at, deadline, attempts = row
+    try:
+        named = _headers(headers)
+    except ValueError as error:
+        raise CorruptError(
+            f"{path}: the headers of entry {seq} of {key!a} aren't a JSON object of strings; it "
+            "stays where it is"
+        ) from error
     return Entry(
         seq=seq,
         key=key,
         payload=payload,
-        headers=cast("dict[str, str]", json.loads(headers)) if headers else {},
+        headers=named,
         state=_STATES[state],
         pushed_at=pushed_at / 1e6,
         due_at=None if due_at is None else due_at / 1e6,

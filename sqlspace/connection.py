@@ -64,9 +64,11 @@ class Options:
     busy_timeout: float
     allow_network: bool
     vfs: str | None
+    create: bool = True
+    """Whether a store is made where there is none; the command line's reading commands make none."""
 
 
-def check_in_place(path: str, *, allow_network: bool) -> None:
+def check_in_place(path: str, *, allow_network: bool, create: bool = True) -> None:
     """Refuse what can't be a store's file, without opening it.
 
     Raises:
@@ -80,7 +82,7 @@ def check_in_place(path: str, *, allow_network: bool) -> None:
             # SQLite keeps the -wal and the -shm there.
             raise PermissionError(errno.EACCES, "the directory can't be written to", directory)
         found = None
-        if os.path.lexists(path):
+        if not create or os.path.lexists(path):
             found = os.stat(path)
             if stat.S_ISDIR(found.st_mode):
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
@@ -111,14 +113,19 @@ def open_verified(options: Options) -> apsw.Connection:
     """Look first, touch then: a connection to a file with our schema, or an error and no change."""
     path = options.path
     if options.vfs is None:
-        check_in_place(path, allow_network=options.allow_network)
+        check_in_place(path, allow_network=options.allow_network, create=options.create)
     deadline = time.monotonic() + options.busy_timeout
     found = _patiently(deadline, lambda: _look(options))
     if found == schema.FOREIGN and not options.embed:
         raise schema.foreign()
-    if options.vfs is None and not os.path.exists(path):
-        _create(path, options.mode)
-    connection = connect(options, apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE)
+    flags = apsw.SQLITE_OPEN_READWRITE
+    if options.create:
+        flags |= apsw.SQLITE_OPEN_CREATE
+        if options.vfs is None and not os.path.exists(path):
+            _create(path, options.mode)
+    elif found in (schema.EMPTY, schema.FOREIGN):
+        raise StoreError(f"{path}: there is no store in it")
+    connection = connect(options, flags)
     try:
         mode = _patiently(deadline, lambda: connection.pragma("journal_mode", "wal"))
         if mode != "wal":

@@ -39,11 +39,12 @@ _PIDS = 1 << 22  # Linux's greatest pid, and one
 # Each token's hash has a byte for each process that waits to take, then one for each that waits
 # to read.
 _TAKING, _READING, _SPAN = 0, _PIDS, 2 * _PIDS
-_LOOK_SOON_SECONDS = 0.001  # from the first sign of a change to the first look
-_LOOK_LATE_SECONDS = 0.05  # the longest time between looks while changes go on
-_LOOK_IDLE_SECONDS = 0.5  # and while none is seen
+_LOOK_FIRST_SECONDS = 0.02  # from the beginning of a wait to the first look
+_LOOK_SOON_SECONDS = 0.001  # from a sign of a change to the first look
+_LOOK_LATE_SECONDS = 0.05  # the longest time between looks, while there are any
 # A sign comes when the -wal is written, and the commit is visible only after its fsync: so looks go
-# on for a while after the last sign.
+# on for a while after the last sign or change. Only when all is calm a new sign is asked for: to
+# take each one would wake every waiting process twice for every commit of others.
 _LOOK_ON_SECONDS = 2.0
 _IN_MODIFY = 0x2  # from <sys/inotify.h>
 _IN_ONESHOT = 0x80000000
@@ -251,8 +252,11 @@ class _Watch:
             if file is None:
                 file = self._files[name] = _File(name)
             file.bells.add(bell)
-            if file.number is None and file.look_at is None and not self._arm(file, bell):
-                self.nudge()  # who watches may sleep longer than until the next look
+            if file.number is None and file.look_at is None:
+                # Most are rung for before this look; only who waits longer asks for a sign.
+                file.look_at = time.monotonic() + _LOOK_FIRST_SECONDS
+                if self._watcher is not None:
+                    self.nudge()  # it may sleep longer than that
 
     def ignore(self, bell: Doorbell) -> None:
         with self._lock:
@@ -276,16 +280,14 @@ class _Watch:
                 file.number = number
                 self._numbers[number] = file
                 return True
-        self._plan(file)  # no sign will come, so its time never ends
         return False
 
     def _plan(self, file: _File) -> None:
-        """After a sign: look soon, and for a while."""
+        """After a sign, and after asking for one: look soon, and for a while."""
         now = time.monotonic()
+        file.pause = _LOOK_SOON_SECONDS
+        file.look_at = now + file.pause
         file.look_until = now + _LOOK_ON_SECONDS
-        if file.look_at is None or file.pause > _LOOK_LATE_SECONDS:
-            file.pause = _LOOK_SOON_SECONDS
-            file.look_at = now + file.pause
 
     # -- rings
 
@@ -296,7 +298,7 @@ class _Watch:
         message = f"{file_id[0]} {file_id[1]} {token}".encode()
         try:
             self._socket.sendto(message, _address(pid))
-        except BlockingIOError:  # it has many unread, so it will look at everything
+        except BlockingIOError:  # it has many unread: it is up, and will look
             return True
         except OSError:
             return False
@@ -314,18 +316,15 @@ class _Watch:
         with self._lock:
             lost = time.monotonic() - self._heard_at > 2 * LOOK_AGAIN_SECONDS
             if self._watcher is None or lost:
+                if self._watcher is not None:
+                    self.nudge()  # it stood still, with the process perhaps; if it lives, it goes
                 self._watcher, self._heir = waiter, None
                 self._heard_at = time.monotonic()
             else:
                 self._parked[waiter] = None
         try:
             if self._watcher is waiter:
-                waiter.listen(self.nudge)
-                poll = select.poll()  # its own: when a lost role is taken over, two may listen
-                for ear in self._ears:
-                    poll.register(ear, select.POLLIN)
-                while not waiter.park(0) and (left := ends - time.monotonic()) > 0:
-                    self._listen(poll, left)
+                self._listen(waiter, ends)
             else:
                 waiter.park(seconds)
         finally:
@@ -348,47 +347,47 @@ class _Watch:
         if self._heir is not None:
             self._heir.wake()
 
-    def _listen(self, poll: "select.poll", seconds: float) -> None:
-        """One round of the watching thread."""
-        with self._lock:
-            self._heard_at = time.monotonic()
-            looks = [file.look_at for file in self._files.values() if file.look_at is not None]
-        if looks:
-            seconds = min(seconds, max(0.0, min(looks) - time.monotonic()))
-        for descriptor, _ in poll.poll(seconds * 1000):
-            if descriptor == self._nudge_out:
+    def _listen(self, waiter: Waiter, ends: float) -> None:
+        """Watch for all, until this waiter is woken, its time is over, or it has lost the role."""
+        poll = select.poll()  # its own: when a lost role is taken over, two may listen
+        for ear in self._ears:
+            poll.register(ear, select.POLLIN)
+        while self._watcher is waiter:
+            waiter.listen(self.nudge)
+            if waiter.park(0) or (seconds := self._until_look(ends)) is None:
+                return
+            heard = {descriptor for descriptor, _ in poll.poll(seconds * 1000)}
+            waiter.listen(None)
+            if self._nudge_out in heard:
                 with contextlib.suppress(BlockingIOError):
                     os.read(self._nudge_out, 4096)
-            elif self._socket is not None and descriptor == self._socket.fileno():
+            if self._socket is not None and self._socket.fileno() in heard:
                 self._answer()
-            else:
+            if waiter.park(0):  # the rest can wait for the next to listen
+                return
+            if self._inotify is not None and self._inotify.fileno() in heard:
                 self._note()
-        if looks:
             self._look()
 
-    def _answer(self) -> None:
-        """Read the rings. Several at once: some may not have got through, so look at all keys."""
-        assert self._socket is not None
-        rings: list[tuple[tuple[int, int], str]] = []
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                message = self._socket.recv(2048)
-                with contextlib.suppress(ValueError):  # not one of ours
-                    device, inode, token = message.decode().split(" ", 2)
-                    rings.append(((int(device), int(inode)), token))
+    def _until_look(self, ends: float) -> float | None:
+        """How long to listen, until the next look at most; None: the time is over."""
+        now = time.monotonic()
         with self._lock:
-            if len(rings) > 1:
-                for file_id in {file_id for file_id, _ in rings}:
-                    if (file := self._files.get(file_id)) is not None and file.bells:
-                        file.look_at = 0.0
-            bells = [
-                (bell, token)
-                for file_id, token in rings
-                if (file := self._files.get(file_id)) is not None
-                for bell in file.bells
-            ]
-        for bell, token in bells:
-            bell.wake(token)
+            self._heard_at = now
+            looks = [file.look_at for file in self._files.values() if file.look_at is not None]
+        return max(0.0, min([ends, *looks]) - now) if now < ends else None
+
+    def _answer(self) -> None:
+        """Read one ring, and pass it on."""
+        assert self._socket is not None
+        try:
+            device, inode, token = self._socket.recv(2048).decode().split(" ", 2)
+            file = self._files.get((int(device), int(inode)))
+        except (BlockingIOError, ValueError):  # another has read it; it isn't one of ours
+            return
+        if file is not None:
+            for bell in tuple(file.bells):
+                bell.wake(token)
 
     def _note(self) -> None:
         """Read the signs of change, and plan a look for each."""
@@ -415,9 +414,6 @@ class _Watch:
                 for file in self._files.values()
                 if file.look_at is not None and file.look_at <= now
             ]
-            for file, bells in due:
-                if bells and file.number is None:
-                    self._arm(file, bells[0])  # before the look, so that nothing falls between
         for file, bells in due:
             changed = stirred = False
             for bell in bells:
@@ -431,12 +427,24 @@ class _Watch:
                     bell.wake(token)
                     stirred = True
             with self._lock:
-                longest = _LOOK_LATE_SECONDS if changed else _LOOK_IDLE_SECONDS
-                if file.number is None:
-                    longest = _LOOK_LATE_SECONDS  # no sign will come
-                file.pause = _LOOK_SOON_SECONDS if stirred else min(file.pause * 2, longest)
-                on = bool(file.bells) and (file.number is None or now < file.look_until)
-                file.look_at = now + file.pause if on else None
+                self._plan_next(file, changed=changed, stirred=stirred)
+
+    def _plan_next(self, file: _File, *, changed: bool, stirred: bool) -> None:
+        """After a look: when the next one is due, if at all."""
+        if not file.bells:
+            return
+        now = time.monotonic()
+        if changed:
+            file.look_until = now + _LOOK_ON_SECONDS
+        file.pause = _LOOK_SOON_SECONDS if stirred else min(file.pause * 2, _LOOK_LATE_SECONDS)
+        if now < file.look_until:
+            file.look_at = now + file.pause
+        elif file.number is not None:
+            file.look_at = None  # all is calm: sleep until the sign
+        elif self._arm(file, next(iter(file.bells))):
+            self._plan(file)  # what was written before may be committed only now
+        else:
+            file.look_at = now + _LOOK_LATE_SECONDS
 
     def close(self) -> None:
         if not self._closed:

@@ -16,7 +16,6 @@ import os
 import select
 import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
 from .inotify import open_inotify
@@ -32,7 +31,7 @@ class _Sentry:
         self._inotify: Any = open_inotify()
         self._watchers: dict[int, set[Identity]] = {}
         self._epoll: Any = None
-        self.poll: Callable[[float], object] = _silence  # truthy if there is something to drain
+        self.poll: Any = _silence  # truthy if there is something to drain
         if self._inotify is not None:
             # Not select.poll(): all threads ask at once, and that object raises if they do.
             self._epoll = select.epoll()

@@ -30,12 +30,13 @@ __all__ = ["Local"]
 
 
 class _Entry:
-    __slots__ = ("bag", "expires", "live", "number", "value")
+    __slots__ = ("bag", "expires", "live", "number", "returned", "value")
 
     def __init__(self, value: Any, expires: float | None) -> None:
         self.value = value
         self.expires = expires  # on the monotonic clock
         self.live = False  # it stands in its bag, neither taken nor expired
+        self.returned = False  # taken, but by a call that raised: another stands in its place
         self.number = 0  # its place: entries of a key stand in this order
         self.bag: _Bag
 
@@ -70,9 +71,9 @@ class _Bag:
         """The taker whose turn it is."""
         while self.takers:
             taker = next(iter(self.takers))
-            if taker.found is MISSING and not taker.over:
+            if taker.found is MISSING:
                 return taker
-            taker.wake()  # another of its keys was faster, or it gives up
+            taker.wake()  # another of its keys was faster, or its out() was cut off
             del self.takers[taker]
         return None
 
@@ -242,9 +243,10 @@ class Local:
                 self._let_go(bag, entry)
         except BaseException:  # Ctrl-C
             if taken is not None:
-                waiter = Waiter()
-                waiter.found = taken
-                surely(lambda: self._restore(waiter))
+                try:
+                    surely(lambda: self._give_back(entry))
+                except (KeyboardInterrupt, SystemExit):  # on the way into it
+                    surely(lambda: self._give_back(entry))
             raise
         value, taken.value = taken.value, None
         return value
@@ -317,20 +319,21 @@ class Local:
                     for key in keys:
                         self._bag(key).takers[waiter] = None
 
-        found: _Entry = self._wait(look, keys, timeout, context, restore=self._restore)
+        def restore(waiter: Waiter) -> None:
+            self._give_back(waiter.found)
+
+        found: _Entry = self._wait(look, keys, timeout, context, restore=restore)
         return found
 
-    def _restore(self, waiter: Waiter) -> None:
-        """Put what a call took, and will not return, back in its place."""
+    def _give_back(self, taken: _Entry) -> None:
+        """Put what a call took, and will not return, back in its place. Idempotent."""
         with self._lock:
-            taken = waiter.found
-            if taken is MISSING:
+            if taken.returned:
                 return
             back = _Entry(taken.value, taken.expires)
             back.number = taken.number
             if back.expires is None or back.expires > time.monotonic():
-                self._add(taken.bag.key, back, giver=waiter)
-            waiter.found = MISSING
+                self._add(taken.bag.key, back, origin=taken)
             taken.value = None
 
     def _wait(
@@ -383,28 +386,28 @@ class Local:
             del self._bags[bag.key]
 
     def _add(
-        self, key: str, entry: _Entry, *, bag: _Bag | None = None, giver: Waiter | None = None
+        self, key: str, entry: _Entry, *, bag: _Bag | None = None, origin: _Entry | None = None
     ) -> None:
         """Hand the entry to a taker, or have it stand in its place; show it to the readers.
 
         Args:
             key: Of the entry.
-            entry: New, or with the number that it had before.
+            entry: New, or with the number of its origin.
             bag: Where to; if None, the key's.
-            giver: Whose `found` it was until now.
+            origin: The entry in whose place it comes back.
         """
         if bag is None:
             bag = self._bag(key)
         entry.bag = bag
         value = entry.value
-        if giver is None:
+        if origin is None:
             self._number += 1
             entry.number = self._number
         taker = bag.longest_waiting() if bag.takers else None
         if taker is not None:
             taker.found = entry
-            if giver is not None:
-                giver.found = MISSING
+            if origin is not None:
+                origin.returned = True
             taker.wake()
             del bag.takers[taker]
         else:
@@ -413,19 +416,17 @@ class Local:
                 heapq.heappush(self._expiries, (entry.expires, self._number, entry))
                 for drainer in bag.drainers:  # their horizon may have come nearer
                     drainer.wake()
-            if giver is None:
+            if origin is None:
                 bag.entries.append(entry)
             else:
                 before = sum(other.number < entry.number for other in bag.entries)
                 bag.entries.insert(before, entry)
             entry.live = True
             bag.count += 1
-            if giver is not None:
-                giver.found = MISSING
+            if origin is not None:
+                origin.returned = True
         if bag.readers:
             bag.show(value)
-        if not bag.entries:
-            self._tidy(bag)
 
     def _let_go(self, bag: _Bag, entry: _Entry) -> None:
         """Clean up behind an entry that was taken."""

@@ -7,6 +7,7 @@ eat entries. Whoever else's file it is, is refused unless the caller says that w
 
 import functools
 import pathlib
+import re
 import secrets
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ SELECT CAST(type AS BLOB), CAST(name AS BLOB), CAST(tbl_name AS BLOB), CAST(sql 
   FROM sqlite_schema
 """
 SELECT_VERSION = "SELECT max(version) FROM sqlspace_schema"
+SELECT_ORIGIN = "SELECT CAST(file_id AS BLOB), boots FROM sqlspace_schema WHERE version = 1"
 # Seeks into each b-tree: gross damage and planted numbers show here, at no cost that grows.
 SELECT_EXTREMES = """
 SELECT (SELECT min(seq) FROM sqlspace_entries),
@@ -45,6 +47,7 @@ VALUES (?, ?, CAST((julianday('now') - 2440587.5) * 86400000000 AS INTEGER), ?, 
 """
 
 _SEQ_END = 1 << 62
+_FILE_ID = re.compile(rb"[0-9a-f]{32}")
 
 
 class Migration(NamedTuple):
@@ -126,6 +129,12 @@ def examine(connection: apsw.Connection) -> int:
         raise SchemaError(
             f"objects were tampered with: {_names(ours.symmetric_difference(_expected(version)))}"
         )
+    origin: Any = connection.execute(SELECT_ORIGIN).fetchall()
+    if not origin or not _FILE_ID.fullmatch(origin[0][0] or b""):
+        raise SchemaError("its file_id isn't one that sqlspace makes")
+    boots = origin[0][1]
+    if not isinstance(boots, int) or not 0 <= boots < _SEQ_END:
+        raise SchemaError(f"boots were tampered with: they are {boots!a}")
     extremes: Any = connection.execute(SELECT_EXTREMES).fetchall()[0]
     lowest, highest, taken_no, _ = extremes
     if highest is not None and not 1 <= lowest <= highest < _SEQ_END:

@@ -38,7 +38,7 @@ from .records import Compaction, Entry, Stats, Tombstone
 from .space import Context
 from .waiting import Waiter, surely, wait
 
-__all__ = ["Store", "open"]
+__all__ = ["Store", "open", "open_existing"]
 
 log = logging.getLogger("sqlspace")
 
@@ -619,6 +619,53 @@ def open(
             application's, tampered with, or a newer sqlspace's; BusyError. The file was not changed
             by one byte.
     """
+    return Store(
+        _options(
+            path,
+            sync=sync,
+            history=history,
+            embed=embed,
+            mode=mode,
+            busy_timeout=busy_timeout,
+            allow_network=allow_network,
+            vfs=vfs,
+            create=True,
+        )
+    )
+
+
+def open_existing(
+    path: str | os.PathLike[str], *, history: int | None, busy_timeout: float, allow_network: bool
+) -> Store:
+    """As `open`, for a command line that looks: StoreError if there is no store, and none made."""
+    return Store(
+        _options(
+            path,
+            sync=True,
+            history=history,
+            embed=False,
+            mode=0o600,
+            busy_timeout=busy_timeout,
+            allow_network=allow_network,
+            vfs=None,
+            create=False,
+        )
+    )
+
+
+def _options(
+    path: object,
+    *,
+    sync: bool,
+    history: int | None,
+    embed: bool,
+    mode: int,
+    busy_timeout: float,
+    allow_network: bool,
+    vfs: str | None,
+    create: bool,
+) -> Options:
+    """What the caller wants, checked."""
     if history is not None:
         history = min(check_int(history, "history", 0), 1 << 53)
     check_int(mode, "mode", 0)
@@ -632,7 +679,7 @@ def open(
             raise TypeError(f"vfs must be str or None, not {kind(vfs)}")
         if vfs not in apsw.vfs_names():
             raise ValueError(f"vfs must name a VFS that is registered, not {vfs!a}")
-    options = Options(
+    return Options(
         path=_check_path(path),
         sync=_check_bool(sync, "sync"),
         history=history,
@@ -643,8 +690,8 @@ def open(
         ),
         allow_network=_check_bool(allow_network, "allow_network"),
         vfs=vfs,
+        create=create,
     )
-    return Store(options)
 
 
 def _now() -> int:

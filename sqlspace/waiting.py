@@ -33,11 +33,10 @@ LOOK_AGAIN_SECONDS = 5.0
 class Waiter:
     """One blocked call: what it found, and the latch that its thread parks on."""
 
-    __slots__ = ("_latch", "_nudge", "found", "over")
+    __slots__ = ("_latch", "_nudge", "found")
 
     def __init__(self) -> None:
         self.found: Any = MISSING
-        self.over = False  # the call is about to raise: hand it nothing more
         self._nudge: Callable[[], None] | None = None
         self._latch = threading.Lock()
         self._latch.acquire()
@@ -131,7 +130,6 @@ def wait(
         if context is not None:
             context._unregister(waiter)  # noqa: SLF001
     except BaseException:
-        waiter.over = True  # no call, so no Ctrl-C comes before it
 
         def end() -> None:
             _end(waiter, leave, restore, context)

@@ -19,7 +19,9 @@ import pytest
 from click.testing import CliRunner
 
 import sqlspace
+import sqlspace.checkup
 import sqlspace.cli
+import sqlspace.terminal
 from sqlspace.waiting import Waiter
 
 SECONDS = 60  # until a test gives up
@@ -259,7 +261,7 @@ def test_a_failure_among_lines_says_how_many_are_in(cli, path, monkeypatch):
 
     push_many = sqlspace.Store.push_many
     monkeypatch.setattr(sqlspace.Store, "push_many", fail)
-    monkeypatch.setattr(sqlspace.cli, "_READ_BYTES", 10)
+    monkeypatch.setattr(sqlspace.terminal, "_READ_BYTES", 10)
     code, _, complaint = cli("push", path, "log", "--lines", stdin=b"line\n" * 20)
     assert code == 3
     assert complaint == "sqlspace: no room left; the first 2 lines were pushed\n"
@@ -348,12 +350,17 @@ def test_only_pull_sets_a_history(cli, path, spread, name, monkeypatch):
     """The smallest history of the open stores counts: to look must not cut an application's."""
     opened = []
 
-    def opening(path, **options):
-        opened.append(options["history"])
-        return sqlspace.open(path, **options)
+    def noting(opener):
+        def opening(path, **options):
+            opened.append(options["history"])
+            return opener(path, **options)
+
+        return opening
 
     cli("push", path, "mail", "x")
-    monkeypatch.setattr(sqlspace.cli, "open_store", opening)
+    for name_of_opener in ("open", "open_existing"):
+        opener = getattr(sqlspace.cli, name_of_opener)
+        monkeypatch.setattr(sqlspace.cli, name_of_opener, noting(opener))
     words = ["push", path, "mail", "x"] if name == "push" else spread(READING[name])
     assert cli(*words)[0] == 0
     assert opened == [None]
@@ -394,7 +401,6 @@ def test_nothing_is_pulled_into_a_pipe_that_nobody_reads(path, options):
         os.close(writer)
         assert (code, complaint) == (141, "")
         assert store.pull_many("mail", 9) == [b"hello"]
-        assert len(list(store.history("mail"))) == 1  # it wasn't even put back
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
@@ -465,6 +471,61 @@ def test_closed_streams_harm_nothing(path):
         assert subprocess.run(shell, check=False, timeout=SECONDS).returncode == code, words
     assert process("check", path)[0] == 0
     assert process("pull", path, "mail") == (0, b"hello", "")
+
+
+@pytest.mark.parametrize("words", [["--help"], ["pull", "--help"]])
+def test_help_is_quiet_when_nobody_reads(words):
+    """Nothing is complained of, neither by us nor by Python's last flush."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = {**os.environ, "PYTHONUNBUFFERED": ""}
+    code, _, complaint = process(*words, stdout=writer, env=environment)
+    os.close(writer)
+    assert (code in (1, 141), complaint) == (True, "")
+
+
+@pytest.mark.parametrize("words", [["--help"], ["pull", "--help"]])
+def test_help_that_cannot_be_written_is_one_line(words):
+    """A full disk behind it is no reason for a traceback."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": ""}
+    with open(os.devnull, "rb") as unwritable:
+        code, _, complaint = process(*words, stdout=unwritable, env=environment)
+    assert (code, is_one_line(complaint)) == (3, True)
+
+
+def test_the_standard_descriptors_are_taken_if_they_are_free():
+    """So that no file of the store, nor a socket of the doorbell, becomes stdout."""
+    program = (
+        "import os, sqlspace.cli\n"
+        "out = os.dup(1)\n"
+        "os.closerange(0, 3)\n"
+        "sqlspace.cli.commands.main = lambda **_: None\n"
+        "sqlspace.cli.run()\n"
+        "os.write(out, b'%d' % os.open(os.devnull, os.O_RDONLY))\n"
+    )
+    argv = [sys.executable, "-c", program]
+    done = subprocess.run(argv, stdout=subprocess.PIPE, check=False, timeout=SECONDS)
+    assert int(done.stdout) > 2
+
+
+def test_a_pull_of_all_takes_batches_that_it_can_afford_to_lose(cli, path, monkeypatch):
+    """They grow to 256 small entries, and fall back to one where payloads are large."""
+    batches = []
+    pull_many = sqlspace.Store.pull_many
+
+    def counted(store, key, limit):
+        payloads = pull_many(store, key, limit)
+        batches.append((limit, sum(map(len, payloads))))
+        return payloads
+
+    with sqlspace.open(path) as store:
+        store.push_many("mail", [b"x"] * 2000)
+        store.push_many("mail", [bytes(600_000)] * 5)
+    monkeypatch.setattr(sqlspace.Store, "pull_many", counted)
+    assert cli("pull", path, "mail", "--all")[0] == 0
+    assert [limit for limit, _ in batches[:9]] == [1, 2, 4, 8, 16, 32, 64, 128, 256]
+    assert max(limit for limit, _ in batches) == 256
+    assert batches[-1] == (1, 0)
 
 
 # -- Ctrl-C
@@ -602,7 +663,7 @@ def test_stats_in_json_are_the_librarys(cli, path):
 )
 def test_an_age_is_told_in_two_units(seconds, text):
     """So much as a person wants to know."""
-    assert sqlspace.cli._age(seconds) == text
+    assert sqlspace.terminal.age(seconds) == text
 
 
 @pytest.mark.parametrize(
@@ -617,7 +678,7 @@ def test_an_age_is_told_in_two_units(seconds, text):
 )
 def test_a_size_is_told_in_binary_units(size, text):
     """As the file system counts."""
-    assert sqlspace.cli._size(size) == text
+    assert sqlspace.terminal.size(size) == text
 
 
 def test_history_tells_what_was_taken(cli, path):
@@ -892,8 +953,8 @@ def sound(path):
 
 
 @pytest.fixture(autouse=True)
-def _private_parents(monkeypatch):
-    monkeypatch.setattr("sqlspace.cli.network_file_system", lambda path: None)
+def _local_disk(monkeypatch):
+    monkeypatch.setattr("sqlspace.checkup.network_file_system", lambda path: None)
 
 
 def test_a_sound_store_has_no_findings(sound):
@@ -949,7 +1010,7 @@ def test_check_finds_hard_links_and_does_not_open(cli, sound):
 
 def test_check_finds_a_network_file_system(cli, sound, monkeypatch):
     """A problem; a warning for whoever overrides it."""
-    monkeypatch.setattr("sqlspace.cli.network_file_system", lambda path: "nfs4")
+    monkeypatch.setattr("sqlspace.checkup.network_file_system", lambda path: "nfs4")
     code, out, _ = cli("check", sound, "--json")
     assert (code, problems(out)) == (3, ["file system"])
     assert "nfs4" in findings(out)["file system"]["text"]
@@ -998,8 +1059,10 @@ def test_check_finds_another_owner_of_the_wal(path, monkeypatch):
     found, others = os.stat(path), os.stat(path + "-wal")
     alien = os.stat_result((*others[:4], 65_432, *others[5:]))
     real = os.stat
-    monkeypatch.setattr("sqlspace.cli.os.stat", lambda p: alien if p == path + "-wal" else real(p))
-    (finding,) = sqlspace.cli._look_at_permissions(path, found)
+    monkeypatch.setattr(
+        "sqlspace.checkup.os.stat", lambda p: alien if p == path + "-wal" else real(p)
+    )
+    (finding,) = sqlspace.checkup._permissions(path, found)
     assert (finding.level, finding.subject) == ("problem", "permissions")
     assert "user 65432" in finding.text
 

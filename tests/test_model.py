@@ -303,5 +303,6 @@ Model.TestCase.settings = settings(
 )
 
 
+@pytest.mark.timeout(900)  # 20 s, and when it fails, minutes to find the shortest failure
 class TestStoreDoesWhatTheModelDoes(Model.TestCase):
     """Any sequence of verbs, over two stores on one file and over reopening, is the model's."""

@@ -327,6 +327,21 @@ def test_a_first_open_that_a_power_cut_ended_can_be_opened_again(path):
     assert not os.path.exists(path + "-journal")
 
 
+@pytest.mark.parametrize("mode", ["delete", "wal"])
+def test_a_file_whose_first_transaction_was_cut_off_is_nobodys(path, mode):
+    """SQLite rolls it back to nothing, whatever its first page says by now."""
+    make(path, f"PRAGMA journal_mode={mode}; CREATE TABLE app (a)")
+    if mode == "wal":
+        make(path, "DROP TABLE app")
+    pathlib.Path(path + "-journal").write_bytes(JOURNAL)
+    with sqlspace.open(path) as store:
+        assert store.push("mail", b"x") == 1
+    assert not os.path.exists(path + "-journal")
+    look = apsw.Connection(path)
+    assert look.execute("SELECT count(*) FROM sqlite_schema WHERE name = 'app'").get == 0
+    look.close()
+
+
 def test_a_look_that_others_disturbed_is_taken_again(path, monkeypatch):
     """A file at rest is read without locks: if it wakes meanwhile, what is seen may be torn."""
     make_store(path)
@@ -489,6 +504,17 @@ def test_another_applications_file_is_refused_in_wal_mode(path, left):
     look.close()
 
 
+def test_another_applications_file_in_wal_mode_is_known_by_its_version_for_readers(path):
+    """SQLite goes by byte 19 of the header, and would make a -wal whatever byte 18 says."""
+    make(path, "PRAGMA journal_mode=WAL; CREATE TABLE app (a)")
+    header = bytearray(pathlib.Path(path).read_bytes())
+    assert header[18:20] == b"\2\2"
+    for writers in (0, 1, 3):
+        header[18] = writers
+        pathlib.Path(path).write_bytes(header)
+        ensure_refused(path, sqlspace.SchemaError, "another application")
+
+
 @pytest.mark.parametrize("mark", ["user_version", "application_id"])
 def test_a_file_without_tables_that_somebody_has_marked_is_refused(path, mark):
     """An application may have marked its file before its first table."""
@@ -560,9 +586,11 @@ def test_a_file_with_any_byte_of_its_header_flipped_is_opened_or_refused_untouch
     make_store(path)
     whole = pathlib.Path(path).read_bytes()
     refused = 0
-    for at in range(100):
+    flips = [(at, at % 8) for at in range(100)]
+    flips += [(at, bit) for at in (18, 19) for bit in range(8)]  # who may write, who may read
+    for at, bit in flips:
         flipped = bytearray(whole)
-        flipped[at] ^= 1 << at % 8
+        flipped[at] ^= 1 << bit
         pathlib.Path(path).write_bytes(flipped)
         before = picture(path)
         try:
@@ -675,6 +703,11 @@ TAMPERED = {
     "seq 0": "INSERT INTO sqlspace_entries (seq, key, pushed_at) VALUES (0, 'k', 1)",
     "seq -5": "INSERT INTO sqlspace_entries (seq, key, pushed_at) VALUES (-5, 'k', 1)",
     "taking 2**62": "UPDATE sqlspace_entries SET taken_no = 1 << 62 WHERE state = 3",
+    "no file id": "UPDATE sqlspace_schema SET file_id = NULL",
+    "another file id": "UPDATE sqlspace_schema SET file_id = upper(file_id) || 'G'",
+    "file id of no UTF-8": "UPDATE sqlspace_schema SET file_id = CAST(x'ff' AS TEXT)",
+    "boots that can't grow": "UPDATE sqlspace_schema SET boots = NULL",
+    "boots at the end": "UPDATE sqlspace_schema SET boots = 9223372036854775807",
     "newer": NEWER,
 }
 
@@ -697,6 +730,20 @@ def test_tampering_that_is_still_in_the_wal_is_refused_and_stays_there(path):
     make(path, TAMPERED["planted trigger"], crash=True)
     assert os.stat(path + "-wal").st_size > 0
     ensure_refused(path, sqlspace.SchemaError, "trigger mine")
+
+
+@pytest.mark.parametrize("whose", ["ours", "foreign"])
+def test_what_is_seen_only_at_the_second_look_is_refused_and_stays_in_the_wal(
+    path, monkeypatch, whose
+):
+    """Others may have come between the look and the open; closing then checkpoints nothing."""
+    if whose == "ours":
+        make_store(path)
+        make(path, TAMPERED["planted trigger"], crash=True)
+    else:
+        make(path, "PRAGMA journal_mode=WAL; CREATE TABLE app (a)", crash=True)
+    monkeypatch.setattr(opener, "_look", lambda _: schema.EMPTY)
+    ensure_refused(path, sqlspace.SchemaError, "mine" if whose == "ours" else "another application")
 
 
 def test_the_last_seq_of_all_is_pushed_and_after_it_a_push_fails_and_adds_nothing(path):

@@ -1,4 +1,4 @@
-"""Many processes, one file: nothing lost, nothing twice, in order; and what a fork may not break."""
+"""Many processes, one file: nothing lost, nothing twice, in order; forks and pickles."""
 
 import contextlib
 import copy

@@ -173,6 +173,8 @@ def test_an_interrupted_wait_leaves_nothing_held(gate, monkeypatch):
             second.leave()
         second._granted = real
         first.leave()
+        if cut_at == "acquire":
+            eventually(lambda second=second: not second._pending, "the helper's return")
         third.enter(soon())
         third.leave()
         first.enter(soon())

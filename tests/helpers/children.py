@@ -40,6 +40,13 @@ def eventually(condition, what="what was expected"):
     return value
 
 
+def patient_inotify():
+    """An inotify instance, as soon as there is one: other tests may use up the user's 128."""
+    from sqlspace.inotify import open_inotify  # noqa: PLC0415  # not in the parent
+
+    return eventually(open_inotify, "a free inotify instance")
+
+
 def deaf(*to, again=1000.0):
     """In a child, before it opens a store: have waiters not hear what is named.
 
@@ -53,8 +60,7 @@ def deaf(*to, again=1000.0):
     waiting.LOOK_AGAIN_SECONDS = doorbell.LOOK_AGAIN_SECONDS = again
     if "datagrams" in to:
         doorbell._open_socket = lambda: None
-    if "inotify" in to:
-        doorbell.open_inotify = lambda: None
+    doorbell.open_inotify = (lambda: None) if "inotify" in to else patient_inotify
     if "signs" in to:
         doorbell._Watch._arm = lambda *_: True
 
