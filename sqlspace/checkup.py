@@ -160,11 +160,9 @@ def _permissions(path: str, found: os.stat_result) -> Iterator[Finding]:
 
 def _access(path: str, found: os.stat_result) -> Iterator[_Complaint]:
     if not os.access(path, os.R_OK | os.W_OK):
-        yield (
-            "problem",
-            f"{path} can't be read and written by {_user(os.geteuid())}: "
-            f"it is {stat.filemode(found.st_mode)} and belongs to {_user(found.st_uid)}",
-        )
+        text = f"{path} can't be read and written by {_user(os.geteuid())}: it is "
+        text += f"{stat.filemode(found.st_mode)} and belongs to {_user(found.st_uid)}"
+        yield "problem", text
     if found.st_mode & stat.S_IWOTH:
         yield "problem", f"everybody may write to {path}: chmod o-rw it"
     elif found.st_mode & stat.S_IROTH:
@@ -187,17 +185,12 @@ def _beside(path: str, its: os.stat_result, found: os.stat_result) -> Iterator[_
     yield from _access(path, its)
     if its.st_uid != found.st_uid:
         shared = its.st_gid == found.st_gid and its.st_mode & 0o060 == 0o060
-        yield (
-            "warning" if shared else "problem",
-            f"{path} belongs to {_user(its.st_uid)}, the database to "
-            f"{_user(found.st_uid)}, who may be locked out: chown it",
-        )
+        text = f"{path} belongs to {_user(its.st_uid)}, the database to {_user(found.st_uid)}, "
+        text += "who may be locked out: chown it"
+        yield "warning" if shared else "problem", text
     if stat.S_IMODE(its.st_mode) != stat.S_IMODE(found.st_mode):
-        yield (
-            "warning",
-            f"{path} is {stat.filemode(its.st_mode)}, the database "
-            f"{stat.filemode(found.st_mode)}: chmod it alike",
-        )
+        modes = stat.filemode(its.st_mode), stat.filemode(found.st_mode)
+        yield "warning", f"{path} is {modes[0]}, the database {modes[1]}: chmod it alike"
 
 
 def _wal(path: str) -> Finding:

@@ -17,9 +17,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import click
-from rich import box
-from rich.table import Table
-from rich.text import Text
 
 from . import checkup, terminal
 from .arguments import ROW_BYTES, check_headers, check_key, check_size, check_timeout
@@ -270,13 +267,7 @@ def _push_lines(store: Store, key: str, *, tell: bool) -> None:
 @_as_json
 @_opened
 def pull(
-    *,
-    store: Store,
-    key: str,
-    wait: bool,
-    timeout: float | None,
-    limit: int | None,
-    as_json: bool,
+    *, store: Store, key: str, wait: bool, timeout: float | None, limit: int | None, as_json: bool
 ) -> None:
     """Take the first entry of KEY.
 
@@ -349,14 +340,15 @@ def peek(*, store: Store, key: str, limit: int | None, as_json: bool) -> None:
             raise DeadlineError
         terminal.write(payload)
         return
-    number = 0
+    found = False
     ready = (entry for entry in store.entries(key) if entry.state == "ready")
-    for number, entry in enumerate(itertools.islice(ready, limit or 1), 1):
+    for entry in itertools.islice(ready, limit or 1):
+        found = True
         if as_json:
             terminal.write_json({**dataclasses.asdict(entry), **terminal.spelled(entry.payload)})
         else:
             terminal.write(entry.payload + b"\n")
-    if not number:
+    if not found:
         raise DeadlineError
 
 
@@ -401,26 +393,8 @@ def stats(*, store: Store, as_json: bool) -> None:
     found = store.stats()
     if as_json:
         terminal.write_json(dataclasses.asdict(found))
-        return
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("key", overflow="fold")
-    for name in ("ready", "leased", "delayed", "dead", "oldest", "bytes"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for key, sums in found.keys.items():
-        live = sums.ready + sums.leased + sums.delayed
-        counts = (sums.ready, sums.leased, sums.delayed, sums.dead)
-        table.add_row(
-            Text(terminal.printable(key)),
-            *(f"{count:,}" for count in counts),
-            terminal.age(sums.oldest_age) if live else "",
-            terminal.size(sums.bytes),
-        )
-    terminal.write_table(table)
-    free = found.free_pages
-    terminal.write_line(f"file        {terminal.size(found.file_bytes)}")
-    terminal.write_line(f"-wal        {terminal.size(found.wal_bytes)}")
-    terminal.write_line(f"free pages  {free:,} ({terminal.size(free * found.page_bytes)})")
-    terminal.write_line(f"tombstones  {found.tombstones:,}")
+    else:
+        terminal.write_stats(found)
 
 
 @commands.command(epilog=_examples("sqlspace history queue.db mail | tail"))

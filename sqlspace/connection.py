@@ -65,7 +65,7 @@ class Options:
     allow_network: bool
     vfs: str | None
     create: bool = True
-    """Whether a store is made where there is none; the command line's reading commands make none."""
+    """Whether a store is made where there is none."""
 
 
 def check_in_place(path: str, *, allow_network: bool, create: bool = True) -> None:

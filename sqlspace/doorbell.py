@@ -41,10 +41,10 @@ _PIDS = 1 << 22  # Linux's greatest pid, and one
 _TAKING, _READING, _SPAN = 0, _PIDS, 2 * _PIDS
 _LOOK_FIRST_SECONDS = 0.02  # from the beginning of a wait to the first look
 _LOOK_SOON_SECONDS = 0.001  # from a sign of a change to the first look
-_LOOK_LATE_SECONDS = 0.05  # the longest time between looks, while there are any
+_LOOK_LATE_SECONDS = 0.05  # the longest time between looks while changes go on, or without signs
+_LOOK_IDLE_SECONDS = 0.5  # and while none is seen
 # A sign comes when the -wal is written, and the commit is visible only after its fsync: so looks go
-# on for a while after the last sign or change. Only when all is calm a new sign is asked for: to
-# take each one would wake every waiting process twice for every commit of others.
+# on for a while after the last sign.
 _LOOK_ON_SECONDS = 2.0
 _IN_MODIFY = 0x2  # from <sys/inotify.h>
 _IN_ONESHOT = 0x80000000
@@ -254,7 +254,9 @@ class _Watch:
             file.bells.add(bell)
             if file.number is None and file.look_at is None:
                 # Most are rung for before this look; only who waits longer asks for a sign.
-                file.look_at = time.monotonic() + _LOOK_FIRST_SECONDS
+                now = time.monotonic()
+                file.look_at = now + _LOOK_FIRST_SECONDS
+                file.look_until = now + _LOOK_ON_SECONDS
                 if self._watcher is not None:
                     self.nudge()  # it may sleep longer than that
 
@@ -272,22 +274,21 @@ class _Watch:
             if file.number is None:
                 self._files.pop(file.name, None)
 
-    def _arm(self, file: _File, bell: Doorbell) -> bool:
-        """Ask for one sign of a change; where that can't be, look without one."""
+    def _arm(self, file: _File, bell: Doorbell) -> None:
+        """Ask for one sign of a change; where that can't be, looks go on without one."""
         if self._inotify is not None and bell.file_id is not None:
             with contextlib.suppress(OSError):
                 number = self._inotify.add_watch(bell.wal, _IN_MODIFY | _IN_ONESHOT)
                 file.number = number
                 self._numbers[number] = file
-                return True
-        return False
 
     def _plan(self, file: _File) -> None:
-        """After a sign, and after asking for one: look soon, and for a while."""
+        """After a sign: look soon, unless looks go on already, and for a while."""
         now = time.monotonic()
-        file.pause = _LOOK_SOON_SECONDS
-        file.look_at = now + file.pause
         file.look_until = now + _LOOK_ON_SECONDS
+        if file.look_at is None or file.pause > _LOOK_LATE_SECONDS:
+            file.pause = _LOOK_SOON_SECONDS
+            file.look_at = now + file.pause
 
     # -- rings
 
@@ -414,6 +415,9 @@ class _Watch:
                 for file in self._files.values()
                 if file.look_at is not None and file.look_at <= now
             ]
+            for file, bells in due:
+                if bells and file.number is None:
+                    self._arm(file, bells[0])  # before the look, so that nothing falls between
         for file, bells in due:
             changed = stirred = False
             for bell in bells:
@@ -431,20 +435,14 @@ class _Watch:
 
     def _plan_next(self, file: _File, *, changed: bool, stirred: bool) -> None:
         """After a look: when the next one is due, if at all."""
-        if not file.bells:
-            return
         now = time.monotonic()
         if changed:
             file.look_until = now + _LOOK_ON_SECONDS
-        file.pause = _LOOK_SOON_SECONDS if stirred else min(file.pause * 2, _LOOK_LATE_SECONDS)
-        if now < file.look_until:
-            file.look_at = now + file.pause
-        elif file.number is not None:
-            file.look_at = None  # all is calm: sleep until the sign
-        elif self._arm(file, next(iter(file.bells))):
-            self._plan(file)  # what was written before may be committed only now
-        else:
-            file.look_at = now + _LOOK_LATE_SECONDS
+        signed = file.number is not None
+        longest = _LOOK_IDLE_SECONDS if signed and not changed else _LOOK_LATE_SECONDS
+        file.pause = _LOOK_SOON_SECONDS if stirred else min(file.pause * 2, longest)
+        on = bool(file.bells) and (not signed or now < file.look_until)
+        file.look_at = now + file.pause if on else None
 
     def close(self) -> None:
         if not self._closed:

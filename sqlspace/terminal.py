@@ -21,11 +21,14 @@ from datetime import UTC, datetime
 from typing import Any, BinaryIO
 
 import click
+from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from .arguments import ROW_BYTES
 from .errors import DeadlineError, SpaceError
+from .records import Stats
 
 __all__ = [
     "DONE",
@@ -46,7 +49,7 @@ __all__ = [
     "write",
     "write_json",
     "write_line",
-    "write_table",
+    "write_stats",
 ]
 
 DONE, NOTHING, MISUSE, FAILED = 0, 1, 2, 3
@@ -79,25 +82,26 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; the exit code."""
+        code = DONE
         try:
             super().invoke(ctx)
         except KeyboardInterrupt:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # the way out is short
-            return _discard_output(INTERRUPTED)
+            code = _discard_output(INTERRUPTED)
         except BrokenPipeError:
-            return _discard_output(PIPE_CLOSED)
+            code = _discard_output(PIPE_CLOSED)
         except DeadlineError:
-            return NOTHING
+            code = NOTHING
         except UnicodeDecodeError as error:  # a ValueError, but the file's
-            return _complain(f"the file holds what sqlspace doesn't write: {error}", FAILED)
+            code = _complain(f"the file holds what sqlspace doesn't write: {error}", FAILED)
         except (ValueError, TypeError) as error:
-            return _complain(str(error), MISUSE)
+            code = _complain(str(error), MISUSE)
         except (SpaceError, MemoryError) as error:
-            return _complain(str(error) or "out of memory", FAILED)
+            code = _complain(str(error) or "out of memory", FAILED)
         except OSError as error:
             where = error.filename or "standard input or output"
-            return _discard_output(_complain(f"{where}: {error.strerror}", FAILED))
-        return DONE
+            code = _discard_output(_complain(f"{where}: {error.strerror}", FAILED))
+        return code
 
 
 def _complain(message: str, code: int) -> int:
@@ -190,14 +194,32 @@ def write_json(value: Any) -> None:
     write_line(json.dumps(value, ensure_ascii=False))
 
 
-def write_table(table: Table) -> None:
-    """Write a table for a person: as wide as the terminal; without one as wide as it needs."""
+def write_stats(found: Stats) -> None:
+    """Write them for a person: as wide as the terminal; without one as wide as they need."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("key", overflow="fold")
+    for name in ("ready", "leased", "delayed", "dead", "oldest", "bytes"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for key, sums in found.keys.items():
+        live = sums.ready + sums.leased + sums.delayed
+        counts = (sums.ready, sums.leased, sums.delayed, sums.dead)
+        table.add_row(
+            Text(printable(key)),  # not a str: rich would obey its [marks]
+            *(f"{count:,}" for count in counts),
+            age(sums.oldest_age) if live else "",
+            size(sums.bytes),
+        )
     terminal = is_there()
     text = io.StringIO()
     width = shutil.get_terminal_size().columns if terminal else _UNBOUNDED_COLUMNS
     Console(file=text, width=width, force_terminal=terminal).print(table)
     for line in text.getvalue().splitlines():
         write_line(line.rstrip())
+    free = found.free_pages
+    write_line(f"file        {size(found.file_bytes)}")
+    write_line(f"-wal        {size(found.wal_bytes)}")
+    write_line(f"free pages  {free:,} ({size(free * found.page_bytes)})")
+    write_line(f"tombstones  {found.tombstones:,}")
 
 
 # -- input
@@ -251,14 +273,12 @@ def printable(text: str) -> str:
 
 def size(number: int) -> str:
     """Bytes for a person."""
-    if number < 1024:
-        return f"{number} B"
     amount = float(number)
-    for unit in ("KiB", "MiB", "GiB", "TiB"):
-        amount /= 1024
+    for unit in ("B", "KiB", "MiB", "GiB"):
         if amount < 1024:
-            break
-    return f"{amount:.1f} {unit}"
+            return f"{number} B" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1024
+    return f"{amount:.1f} TiB"
 
 
 def age(seconds: float) -> str:

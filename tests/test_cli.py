@@ -837,6 +837,21 @@ def test_a_command_that_reads_makes_no_store_of_an_empty_file(cli, path, spread,
     assert content(os.path.dirname(path))["queue.db"][0] == b""
 
 
+@pytest.mark.parametrize("mode", ["DELETE", "WAL"])
+def test_a_command_that_reads_makes_no_store_of_a_database_without_tables(cli, path, spread, mode):
+    """Another application may be about to fill it; not one byte changes, nor is a file left."""
+    sql(path, f"PRAGMA journal_mode={mode}; CREATE TABLE notes (text); DROP TABLE notes;")
+    before = content(os.path.dirname(path))
+    for words in map(spread, READING.values()):
+        code, out, complaint = cli(*words)
+        assert (code, out, is_one_line(complaint)) == (3, b"", True), words
+        assert f"{path}: there is no store in it" in complaint
+        assert content(os.path.dirname(path)) == before, words
+    code, out, _ = cli("check", path, "--json")
+    assert (code, "store" in problems(out)) == (3, True)
+    assert content(os.path.dirname(path)) == before
+
+
 def test_a_reading_process_says_that_nothing_is_there(path):
     """Exit code and stderr, as a shell sees them."""
     code, out, complaint = process("pull", path, "mail")
@@ -1091,9 +1106,10 @@ def test_check_finds_keys_that_no_verb_can_name(cli, sound):
         assert cli(name, sound, "--json")[0] == 0
 
 
-def test_check_finds_headers_that_are_no_json(cli, sound):
+@pytest.mark.parametrize("headers", ["{from", "", "[]", "5", '{"from": 5}'])
+def test_check_finds_headers_that_are_no_json_object_of_strings(cli, sound, headers):
     """And whoever meets them gets exit 3: it is the file that is wrong, not the command."""
-    sql(sound, "UPDATE sqlspace_entries SET headers = '{from'")
+    sql(sound, f"UPDATE sqlspace_entries SET headers = '{headers}'")
     code, out, _ = cli("check", sound, "--json")
     assert (code, problems(out)) == (3, ["headers"])
     code, out, complaint = cli("peek", sound, "mail", "--json")
@@ -1185,8 +1201,10 @@ def test_without_the_extra_one_line_says_what_to_install(missing):
 
 
 def test_the_core_imports_neither_click_nor_rich():
-    """They are an extra."""
-    program = "import sys, sqlspace; print([m for m in ('click', 'rich') if m in sys.modules])"
+    """They are an extra; what `check` finds can be had without it."""
+    program = (
+        "import sys, sqlspace.checkup; print([m for m in ('click', 'rich') if m in sys.modules])"
+    )
     argv = [sys.executable, "-c", program]
     done = subprocess.run(argv, capture_output=True, check=True, timeout=SECONDS)
     assert done.stdout == b"[]\n"

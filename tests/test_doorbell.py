@@ -156,7 +156,7 @@ def test_a_foreign_writer_is_seen_when_its_sign_came_long_before_its_commit(stor
 
 @pytest.mark.parametrize("verb", ["store.pull('k')", "store.wait('k')", "store.wait_empty('full')"])
 def test_an_idle_waiter_costs_nothing(store, path, child, verb):
-    """While nothing happens, waiting threads neither look nor come round, and take no CPU."""
+    """Once all is calm, waiting threads neither look nor come round, and take no CPU."""
     store.push("full", b"x")
     waiter = child(
         """
@@ -164,11 +164,11 @@ def test_an_idle_waiter_costs_nothing(store, path, child, verb):
         store = sqlspace.open(argv[0], sync=False)
         from sqlspace import doorbell
         rounds, looks = [], []
-        listen, take = doorbell._Watch._listen, store._database.read
-        def counted(watch, poll, seconds):
-            rounds.append(seconds)
-            listen(watch, poll, seconds)
-        doorbell._Watch._listen = counted
+        until_look = doorbell._Watch._until_look
+        def counted(watch, ends):
+            rounds.append(ends)
+            return until_look(watch, ends)
+        doorbell._Watch._until_look = counted
         stirring = store._database.bell.stirring
         store._database.bell.stirring = lambda tokens: looks.append(tokens) or stirring(tokens)
         context = sqlspace.Context()
@@ -180,6 +180,10 @@ def test_an_idle_waiter_costs_nothing(store, path, child, verb):
         threads = [threading.Thread(target=run) for _ in range(8)]
         for thread in threads:
             thread.start()
+        parked(8)
+        # It looks for a while after it has asked for a sign of change; then all is calm.
+        files = doorbell._watch._files.values()
+        eventually(lambda: all(f.number is not None and f.look_at is None for f in files))
         parked(8)
         del rounds[:], looks[:]
         tell("parked")
@@ -644,7 +648,8 @@ def test_a_full_queue_of_signs_loses_no_file(store):
     waiter = Waiter()
     bell.enroll(waiter, ["k"], takes=True)
     file = watch._files[bell.file_id]
-    assert file.number is not None, "a sign was asked for"
+    watch._arm(file, bell)
+    assert file.number is not None
     real = watch._inotify
 
     class Overflown:
@@ -658,7 +663,7 @@ def test_a_full_queue_of_signs_loses_no_file(store):
         watch._inotify = real
     assert (file.number, file.look_at) == (None, 0.0)
     watch._look()
-    assert file.number is not None
+    assert file.number is not None, "a new sign was asked for"
     bell.dismiss(waiter, ["k"])
 
 

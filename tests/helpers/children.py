@@ -62,6 +62,7 @@ def deaf(*to, again=1000.0):
         doorbell._open_socket = lambda: None
     doorbell.open_inotify = (lambda: None) if "inotify" in to else patient_inotify
     if "signs" in to:
+        doorbell._LOOK_FIRST_SECONDS = 1e9
         doorbell._Watch._arm = lambda *_: True
 
 
