@@ -449,15 +449,21 @@ class Database:
 
         What SQLite refused to commit, or is rolled back, must not be undone as well: others may
         have taken the entries, or been given the seqs, in the meantime.
+
+        Raises:
+            BaseException: An interrupt that came meanwhile, which nothing else tells of.
         """
         connection = session.connection
+        interrupt = None
         try:
             if connection.in_transaction:
-                surely(functools.partial(_roll_back, connection))
+                interrupt = surely(functools.partial(_roll_back, connection))
             elif undo is not None and not isinstance(error, apsw.Error):
-                surely(functools.partial(undo, connection))
+                interrupt = surely(functools.partial(undo, connection))
         except apsw.Error:
             log.exception("%s: a call that failed could not be undone", self.options.path)
+        if interrupt is not None and isinstance(error, Exception):
+            raise interrupt
 
     def _explain(self, session: _Session, error: BaseException, *, begun: bool) -> None:
         """Raise ours for apsw's, and make sure that what it says is true."""

@@ -46,7 +46,7 @@ INSERT = """
 INSERT INTO sqlspace_entries (key, payload, headers, pushed_at) VALUES (?, ?, ?, ?)
 """
 SELECT_HEADS = """
-SELECT seq, key, ifnull(payload, x''), headers, pushed_at
+SELECT seq, key, ifnull(payload, x''), CAST(headers AS BLOB), pushed_at
   FROM sqlspace_entries INDEXED BY sqlspace_entries_live
  WHERE key = ? AND state = 0 AND state < 3 ORDER BY seq LIMIT ?
 """
@@ -69,9 +69,11 @@ UPDATE sqlspace_entries
 """
 # The tombstone may have been pruned since.
 PUT_BACK = """
-INSERT INTO sqlspace_entries (seq, key, payload, headers, pushed_at) VALUES (?, ?, ?, ?, ?)
+INSERT INTO sqlspace_entries (seq, key, payload, headers, pushed_at)
+VALUES (?, ?, ?, CAST(? AS TEXT), ?)
 ON CONFLICT (seq) DO UPDATE SET state = 0, payload = excluded.payload, headers = excluded.headers,
                                 taken_at = NULL, taken_no = NULL
+ WHERE state = 3
 """
 DELETE_EARLIER = """
 DELETE FROM sqlspace_entries WHERE seq IN (
@@ -83,7 +85,7 @@ _NO_SEQ = (1 << 62) + 1  # beyond those that a row can have
 _LONGEST_BUSY_SECONDS = 1_000_000.0  # SQLite counts them in milliseconds, as an int
 
 
-Head = tuple[int, str, bytes, str | None, int]
+Head = tuple[int, str, bytes, bytes | None, int]
 """An entry as it was read before it was taken: seq, key, payload, headers, pushed_at."""
 
 
@@ -279,6 +281,7 @@ class Store:
         limit = min(check_int(limit, "limit", 1), 1 << 62)
         heads: list[Head] = []
         payloads: list[bytes] = []
+        back: list[Any] = []  # one for each that was put back
 
         def step(connection: Connection) -> Iterable[str]:
             heads[:] = _select_heads(connection, key, limit)
@@ -293,8 +296,8 @@ class Store:
             return (room_token(key),)
 
         def undo(connection: Connection) -> None:
-            connection.executemany(PUT_BACK, heads)
-            heads.clear()
+            for head in heads[len(back) :]:
+                run(back, connection, PUT_BACK, head)
 
         def probe(connection: Connection) -> bool:
             return bool(connection.execute(browsing.SELECT_READY, (key,)).fetchall())
@@ -467,6 +470,7 @@ class Store:
         database = self._database
         heads: list[Head] = []
         done: list[Any] = []  # not empty once TAKE has run
+        back: list[Any] = []  # and once PUT_BACK has: run twice, it would double what others took
         taken = False
 
         def probe(connection: Connection) -> bool:
@@ -501,20 +505,24 @@ class Store:
             return (room_token(key),)
 
         def undo(connection: Connection) -> None:
-            nonlocal taken
-            if taken or (done and connection.changes()):
-                connection.execute(PUT_BACK, heads[0])
-            taken = False
-            done.clear()
+            if not back and (taken or (done and connection.changes())):
+                run(back, connection, PUT_BACK, heads[0])
 
         database.write(step, probe=probe, undo=undo, besides=waiter)
         return heads[0] if taken else None
 
-    def _put_back(self, head: Head) -> None:
-        """Restore an entry that was taken by a call that raises."""
+    def _put_back(self, head: Head, back: list[Any] | None = None) -> None:
+        """Restore an entry that was taken by a call that raises.
+
+        Args:
+            head: The entry.
+            back: Not empty once that is done; for those who may have to say it again.
+        """
+        back = [] if back is None else back
 
         def step(connection: Connection) -> Iterable[str]:
-            connection.execute(PUT_BACK, head)
+            if not back:
+                run(back, connection, PUT_BACK, head)
             return (head[1],)
 
         try:
@@ -530,8 +538,10 @@ class Store:
             if taken is not None:
                 waiter.found = taken
 
+        back: list[Any] = []
+
         def restore(waiter: Waiter) -> None:
-            self._put_back(waiter.found)
+            self._put_back(waiter.found, back)
 
         found: Head = self._wait(look, keys, timeout, context, restore)
         return found

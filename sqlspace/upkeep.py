@@ -55,8 +55,8 @@ DELETE FROM sqlspace_entries WHERE seq IN (
    ORDER BY taken_no LIMIT ?2)
 """
 
-# One seq in so many prunes when it is taken. In between, so many tombstones beyond the history, or a
-# few more, stand in the file, unseen by every verb.
+# One seq in so many prunes when it is taken. In between, so many tombstones beyond the history, or
+# a few more, stand in the file, unseen by every verb.
 PRUNE_EVERY = 64
 # No prune deletes more, so that no single pull stalls; it catches up fourfold.
 PRUNE_ROWS = 256

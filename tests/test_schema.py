@@ -28,7 +28,7 @@ def statements():
     """Every module-level UPPER_CASE str of SQL in the package, by module and name."""
     found = {}
     for module in pkgutil.iter_modules(sqlspace.__path__):
-        if module.name in ("__main__", "cli"):  # `sqlspace check` reads the whole file
+        if module.name in ("__main__", "cli", "checkup"):  # `sqlspace check` reads the whole file
             continue
         try:
             imported = importlib.import_module(f"sqlspace.{module.name}")

@@ -351,12 +351,12 @@ def test_a_closed_store_refuses_every_verb_and_closes_again(path):
         lambda: store.wait_empty("a"),
         lambda: store.peek("a"),
         lambda: store.len("a"),
-        lambda: store.keys(),
+        store.keys,
         lambda: store.get("a", 1),
         lambda: store.entries("a"),
         lambda: store.history("a"),
-        lambda: store.stats(),
-        lambda: store.compact(),
+        store.stats,
+        store.compact,
         lambda: store.backup(path + "-copy"),
     ):
         with pytest.raises(sqlspace.ClosedError):
@@ -530,3 +530,16 @@ def test_opening_and_closing_leaves_no_descriptor_and_no_thread(path):
     assert len(os.listdir("/proc/self/fd") if os.path.exists("/proc") else []) == before
     assert threading.active_count() == threads
     assert not pathlib.Path(path + "-wal").exists()
+
+
+def test_putting_back_twice_does_not_double_what_others_took_meanwhile(store, path):
+    """What an interrupt cuts off is said again: the second time must change nothing."""
+    seq = store.push("a", b"1")
+    head = store._take(["a"])
+    back = []
+    store._put_back(head, back)
+    with sqlspace.open(path, sync=False) as other:
+        assert other.pull("a") == b"1"
+    store._put_back(head, back)
+    assert store.pullp("a") is None
+    assert [stone.seq for stone in store.history("a")] == [seq]
