@@ -158,6 +158,9 @@ class Database:
         self._forked = False
         self._lock = threading.Lock()
         self._read_lock = threading.Lock()
+        self._writer: int | None = None  # the thread that has the one lock
+        self._browser: int | None = None  # and the other
+        self._inside = False  # whether the thread that forks is one of them
         self._busy_timeout = options.busy_timeout
         self._session: _Session | None = None
         self._spent: _Session | None = None  # one that is only to be closed
@@ -189,43 +192,58 @@ class Database:
             ClosedError, StoreError: nothing happened, unless the error says otherwise.
         """
         now = time.monotonic()
-        deadline = now + self._busy_timeout
+        thread = threading.get_ident()
+        self._ensure_outside(thread)
         finished = False
         try:
             with self._lock:
-                session = self._session
-                if session is None:
-                    session = self._ready()
-                identity = session.identity
-                if session.poll(0) or identity.alarmed or now >= identity.look_at:
-                    self._ensure_in_place(session, undecided=False)
-                session.patience.deadline = deadline
-                begun = False
+                self._writer = thread
                 try:
-                    if probe is not None and not probe(session.connection):
-                        return
-                    try:
-                        session.turnstile.enter(deadline)
-                        begun = True
-                        if not session.booted:
-                            session.connection.execute(UPDATE_BOOTS)
-                            session.booted = True
-                        tokens = step(session.connection)
-                    finally:
-                        session.turnstile.leave()
-                    if session.poll(0) or identity.alarmed:
-                        self._ensure_in_place(session, undecided=True)
-                    for token in tokens:
-                        session.bell.ring(token, besides)
-                except BaseException as error:
-                    self._take_back(session, error, undo)
-                    self._explain(session, error, begun=begun)
-                    raise
-                finished = True
+                    self._write(now, step, probe, undo, besides)
+                    finished = True
+                finally:
+                    self._writer = None
         except BaseException:
             if finished and undo is not None:  # an interrupt, while the lock was let go
                 with self._lock:
                     surely(functools.partial(undo, self._ready().connection))
+            raise
+        if self.closed:  # by a signal's handler, which had to leave it to us
+            self.close()
+
+    def _write(
+        self,
+        now: float,
+        step: Step,
+        probe: Callable[[Connection], bool] | None,
+        undo: Callable[[Connection], None] | None,
+        besides: Waiter | None,
+    ) -> None:
+        session = self._session or self._ready()
+        identity = session.identity
+        if session.poll(0) or identity.alarmed or now >= identity.look_at:
+            self._ensure_in_place(session, undecided=False)
+        deadline = session.patience.deadline = now + self._busy_timeout
+        begun = False
+        try:
+            if probe is not None and not probe(session.connection):
+                return
+            try:
+                session.turnstile.enter(deadline)
+                begun = True
+                if not session.booted:
+                    session.connection.execute(UPDATE_BOOTS)
+                    session.booted = True
+                tokens = step(session.connection)
+            finally:
+                session.turnstile.leave()
+            if session.poll(0) or identity.alarmed:
+                self._ensure_in_place(session, undecided=True)
+            for token in tokens:
+                session.bell.ring(token, besides)
+        except BaseException as error:
+            self._take_back(session, error, undo)
+            self._explain(session, error, begun=begun)
             raise
 
     def transact(
@@ -257,25 +275,33 @@ class Database:
 
     def browse(self, step: Callable[[Connection], Any]) -> Any:
         """What `step` returns, run on the connection for browsing."""
+        thread = threading.get_ident()
+        self._ensure_outside(thread)
         with self._read_lock:
-            session = self._ready()
-            self._ensure_in_place(session, undecided=False)
+            self._browser = thread
             try:
-                return step(session.open_reader(self.options))
+                session = self._ready()
+                self._ensure_in_place(session, undecided=False)
+                found = step(session.open_reader(self.options))
             except apsw.Error as error:
                 raise self._mapped(error) from error
+            finally:
+                self._browser = None
+        if self.closed:
+            self.close()
+        return found
 
     def changed(self) -> bool:
         """Whether anybody committed since this was last asked."""
-        with self._read_lock:
+
+        def step(connection: Connection) -> bool:
             session = self._ready()
-            try:
-                version = session.open_reader(self.options).pragma("data_version")
-            except apsw.Error as error:
-                raise self._mapped(error) from error
+            version = connection.pragma("data_version")
             changed = bool(version != session.data_version)
             session.data_version = version
             return changed
+
+        return bool(self.browse(step))
 
     def checkpoint(self) -> None:
         """Move the -wal into the file and cut it to nothing, if no reader is in the way."""
@@ -301,18 +327,16 @@ class Database:
 
     def backup(self, target: str) -> None:
         """Copy a consistent state to a new file."""
-        with self._read_lock:
-            session = self._ready()
-            source = session.open_reader(self.options)
+
+        def step(source: Connection) -> None:
+            copy = Connection(target)
             try:
-                copy = Connection(target)
-                try:
-                    with copy.backup("main", source, "main") as progress:
-                        progress.step()
-                finally:
-                    copy.close()
-            except apsw.Error as error:
-                raise self._mapped(error) from error
+                with copy.backup("main", source, "main") as progress:
+                    progress.step()
+            finally:
+                copy.close()
+
+        self.browse(step)
 
     def history(self) -> int | None:
         """How many tombstones to keep: the smallest number of all stores that have the file open.
@@ -362,6 +386,8 @@ class Database:
         session = self._session
         if session is not None:
             session.bell.wake_all()
+        if threading.get_ident() in (self._writer, self._browser):
+            return  # a signal's handler in the middle of a call, which will close it
         with self._lock, self._read_lock:
             session = self._session or self._spent
             self._session = self._spent = None
@@ -408,6 +434,14 @@ class Database:
             return self._session
 
     # -- errors
+
+    def _ensure_outside(self, thread: int) -> None:
+        """Refuse a call from a signal's handler in the middle of another: its lock is taken."""
+        if thread in (self._writer, self._browser):
+            raise ValueError(
+                f"{self.options.path}: this thread is inside another call of the same store; a "
+                "signal's handler can't use it, only close it"
+            )
 
     def _ensure_in_place(self, session: _Session, *, undecided: bool) -> None:
         if not session.identity.stands():
@@ -494,12 +528,17 @@ class Database:
     # -- forks
 
     def _before_fork(self) -> None:
-        self._lock.acquire()
-        self._read_lock.acquire()
+        thread = threading.get_ident()
+        self._inside = thread in (self._writer, self._browser)
+        for lock, owner in ((self._lock, self._writer), (self._read_lock, self._browser)):
+            if owner != thread:
+                lock.acquire()
 
     def _after_fork_in_parent(self) -> None:
-        self._read_lock.release()
-        self._lock.release()
+        thread = threading.get_ident()
+        for lock, owner in ((self._read_lock, self._browser), (self._lock, self._writer)):
+            if owner != thread:
+                lock.release()
 
     def _after_fork_in_child(self) -> None:
         session = self._session or self._spent
@@ -507,6 +546,11 @@ class Database:
         self._lock = threading.Lock()
         self._read_lock = threading.Lock()
         self._forked = True
+        if self._inside:
+            self._poison = StoreError(
+                f"{self.options.path}: the process was forked in the middle of a call of this "
+                "store, by a signal's handler; the child can't use it"
+            )
         if session is not None:
             session.abandon()
 

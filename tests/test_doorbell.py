@@ -303,6 +303,41 @@ def test_readers_elsewhere_are_woken_though_a_taker_here_comes_first(store, path
     reader.finish()
 
 
+def test_a_ring_finds_all_processes_in_whatever_order_they_came(store, monkeypatch):
+    """The kernel names any mark of several: all readers are rung, and takers until one answers."""
+    bell = store._database.bell
+    base = bell._question("k")[1]
+    rung = []
+    answers = set()
+
+    def send(pid, file_id, token):
+        rung.append(pid)
+        return pid in answers
+
+    monkeypatch.setattr(bell._watch, "send", send)
+    pids = [70, 10, 50, 20, 60]
+    descriptors = [os.open(f"{store.path}-wal", os.O_RDONLY) for _ in pids]
+    try:
+        all_marks = [Marks(descriptor) for descriptor in descriptors]
+        for marks, pid in zip(all_marks, pids, strict=True):
+            marks.hold(base + doorbell._READING + pid)
+        bell.ring("k")
+        assert sorted(rung) == sorted(pids)
+        for marks, pid in zip(all_marks, pids, strict=True):
+            marks.drop(base + doorbell._READING + pid)
+            marks.hold(base + doorbell._TAKING + pid)
+        for alive in (set(), *({pid} for pid in pids)):
+            answers = alive
+            rung.clear()
+            bell.ring("k")
+            assert alive <= set(rung)
+            assert len(rung) == len(set(rung))
+            assert alive == set(rung[-1:]) if alive else sorted(rung) == sorted(pids)
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
 EMPTYING = {
     "pull": lambda store: [store.pull("k"), store.pull("k")],
     "pullp": lambda store: [store.pullp("k"), store.pullp("k")],

@@ -543,3 +543,59 @@ def test_putting_back_twice_does_not_double_what_others_took_meanwhile(store, pa
     store._put_back(head, back)
     assert store.pullp("a") is None
     assert [stone.seq for stone in store.history("a")] == [seq]
+
+
+HANDLER = """
+import os, signal, sys, sqlspace
+
+path, deed = sys.argv[1:]
+store = sqlspace.open(path, sync=False)
+hits = []
+
+def handler(*_):
+    try:
+        if deed == "push":
+            hits.append(store.push("handler", b"x"))
+        elif deed == "close":
+            store.close()
+            hits.append(None)
+        elif (pid := os.fork()) == 0:
+            try:
+                sqlspace.open(path, sync=False).push("child", b"x")
+            finally:
+                os._exit(0)
+        else:
+            hits.append(pid)  # waited for later: this call may hold the write lock just now
+    except ValueError as error:
+        assert "handler" in str(error)
+        hits.append(None)
+
+signal.signal(signal.SIGALRM, handler)
+signal.setitimer(signal.ITIMER_REAL, 0.0003, 0.0007 if deed == "push" else 0.02)
+mine = 0
+try:
+    while len(hits) < (200 if deed == "push" else 20):
+        store.push("main", b"x")
+        mine += 1
+except sqlspace.ClosedError:
+    assert deed == "close"
+signal.setitimer(signal.ITIMER_REAL, 0)
+store.close()
+for hit in hits if deed == "fork" else ():
+    assert os.waitpid(hit, 0)[1] == 0
+with sqlspace.open(path) as store:
+    print(store.len("main") == mine, deed != "push" or store.len("handler") == len([hit for hit in hits if hit]),
+          store.len("child"), len(hits))
+"""
+
+
+@pytest.mark.parametrize("deed", ["push", "close", "fork"])
+def test_a_signals_handler_in_the_middle_of_a_call_blocks_nobody(path, deed):
+    """It is refused, or, if it closes the store or forks, that is done and the call goes on."""
+    done = subprocess.run(
+        [sys.executable, "-c", HANDLER, path, deed], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    main, handler, child, hits = done.stdout.split()
+    assert (main, handler) == ("True", "True")
+    assert deed != "fork" or child == hits
