@@ -6,7 +6,9 @@ it. Rounds of both are interleaved, and what counts is the ratio of the medians:
 themselves change with the machine and with what else it does.
 
 Latency is from before a push in one process to after the pull in another that was asleep waiting
-for it, beside multiprocessing.Queue, whose put and get do the same.
+for it, beside multiprocessing.Queue, whose put and get do the same in memory, and beside the limit
+for a queue in a SQLite file: the raw push, a byte through a pipe that wakes the other process, and
+the raw pull.
 """
 
 import argparse
@@ -37,10 +39,10 @@ Batch = Callable[[int], None]
 """Does so many operations."""
 
 
-def raw(folder: str, sync: bool) -> tuple[Batch, Batch]:
-    """Push and pull as nothing but statements."""
+def raw_execute(path: str, sync: bool) -> Any:
+    """A connection of apsw's own to a file with our schema, with our settings."""
     options = Options(
-        path=os.path.join(folder, "raw.db"),
+        path=path,
         sync=sync,
         history=None,
         embed=False,
@@ -50,7 +52,12 @@ def raw(folder: str, sync: bool) -> tuple[Batch, Batch]:
         vfs=None,
     )
     open_verified(options).close()
-    execute = connect(options, apsw.SQLITE_OPEN_READWRITE).execute
+    return connect(options, apsw.SQLITE_OPEN_READWRITE).execute
+
+
+def raw(folder: str, sync: bool) -> tuple[Batch, Batch]:
+    """Push and pull as nothing but statements."""
+    execute = raw_execute(os.path.join(folder, "raw.db"), sync)
 
     def push(times: int) -> None:
         for _ in range(times):
@@ -107,6 +114,18 @@ def answer_store(path: str, results: Any, ready: Any) -> None:
             results.put(time.monotonic_ns() - sent)
 
 
+def answer_raw(path: str, bell: Any, results: Any, ready: Any) -> None:
+    execute = raw_execute(path, sync=False)
+    ready.set()
+    while True:
+        bell.recv_bytes()
+        head: Any = execute(verbs.SELECT_HEADS, (KEY, 1)).fetchall()
+        execute(verbs.TAKE, (time.time_ns() // 1000, head[0][0], KEY))
+        if not (sent := int(head[0][2])):
+            return
+        results.put(time.monotonic_ns() - sent)
+
+
 def answer_queue(inbox: Any, results: Any, ready: Any) -> None:
     ready.set()
     while sent := inbox.get():
@@ -118,19 +137,32 @@ def latency(folder: str, rounds: int) -> dict[str, list[float]]:
     context = multiprocessing.get_context("spawn")
     results: Any = context.Queue()
     inbox: Any = context.Queue()
-    found: dict[str, list[float]] = {"multiprocessing.Queue": [], "sqlspace": []}
+    hear, bell = context.Pipe(duplex=False)
     with tempfile.TemporaryDirectory(dir=folder) as place:
-        path = os.path.join(place, "latency.db")
+        path, plain = os.path.join(place, "latency.db"), os.path.join(place, "raw.db")
+        execute = raw_execute(plain, sync=False)
+
+        def push_raw(sent: int) -> None:
+            row = (KEY, str(sent).encode(), None, time.time_ns() // 1000)
+            execute(verbs.INSERT, row)
+            bell.send_bytes(b"!")
+
         with sqlspace.open(path, sync=False) as store:
             sides: dict[str, Callable[[int], Any]] = {
                 "multiprocessing.Queue": inbox.put,
+                "raw statements and a pipe": push_raw,
                 "sqlspace": lambda sent: store.push(KEY, str(sent).encode()),
             }
+            found: dict[str, list[float]] = {side: [] for side in sides}
             workers = []
-            for target, argument in ((answer_queue, inbox), (answer_store, path)):
+            for target, arguments in (
+                (answer_queue, (inbox,)),
+                (answer_raw, (plain, hear)),
+                (answer_store, (path,)),
+            ):
                 ready: Any = context.Event()
                 worker = context.Process(
-                    target=target, args=(argument, results, ready), daemon=True
+                    target=target, args=(*arguments, results, ready), daemon=True
                 )
                 worker.start()
                 ready.wait()
