@@ -239,8 +239,7 @@ class Database:
                 session.turnstile.leave()
             if session.poll(0) or identity.alarmed:
                 self._ensure_in_place(session, undecided=True)
-            for token in tokens:
-                session.bell.ring(token, besides)
+            session.bell.ring_all(tokens, besides)
         except BaseException as error:
             self._take_back(session, error, undo)
             self._explain(session, error, begun=begun)

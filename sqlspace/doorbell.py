@@ -106,23 +106,31 @@ class Doorbell:
     def dismiss(self, waiter: Waiter, tokens: Iterable[str]) -> None:
         """Undo `enroll`; idempotent."""
         with self._lock:
-            for token in tokens:
-                for kind in (self._takers, self._readers):
-                    waiters = kind.get(token)
-                    if waiters is not None:
-                        waiters.pop(waiter, None)
-                        if not waiters:
-                            self._marks.drop(self._mark(token, takes=kind is self._takers))
-                            del kind[token]
+            self._forget(waiter, tokens)
             if not self._takers and not self._readers:
                 self._watch.ignore(self)
         self._watch.resign(waiter)
+
+    def _forget(self, waiter: Waiter, tokens: Iterable[str]) -> None:
+        for token in tokens:
+            for kind in (self._takers, self._readers):
+                waiters = kind.get(token)
+                if waiters is not None:
+                    waiters.pop(waiter, None)
+                    if not waiters:
+                        self._marks.drop(self._mark(token, takes=kind is self._takers))
+                        del kind[token]
 
     def park(self, waiter: Waiter, seconds: float) -> None:
         """Sleep until woken; the first to sleep in this process watches for all of it."""
         self._watch.park(waiter, seconds)
 
     # -- waking
+
+    def ring_all(self, tokens: Iterable[str], besides: Waiter | None = None) -> None:
+        """Ring for each of these tokens."""
+        for token in tokens:
+            self.ring(token, besides)
 
     def ring(self, token: str, besides: Waiter | None = None) -> None:
         """Wake who waits for this token: of those that take, one; all others. After a commit.
@@ -138,16 +146,18 @@ class Doorbell:
     def wake(self, token: str, besides: Waiter | None = None) -> bool:
         """Wake who waits in this store; whether one was that takes."""
         with self._lock:
-            for waiter in self._readers.get(token, ()):
-                waiter.wake()
-            takers = self._takers.get(token, ())
-            for taker in takers:
-                if taker is not besides:
-                    # One that is slow to wake gets no second ring for now.
-                    self._takers[token].move_to_end(taker)
-                    taker.wake()
-                    return True
-            return False
+            return self._wake(token, besides)
+
+    def _wake(self, token: str, besides: Waiter | None) -> bool:
+        for waiter in self._readers.get(token, ()):
+            waiter.wake()
+        for taker in self._takers.get(token, ()):
+            if taker is not besides:
+                # One that is slow to wake gets no second ring for now.
+                self._takers[token].move_to_end(taker)
+                taker.wake()
+                return True
+        return False
 
     def awaited(self, token: str, besides: Waiter) -> bool:
         """Whether another may wait for this token, to take, here or elsewhere."""
@@ -375,8 +385,11 @@ class _Watch:
         now = time.monotonic()
         with self._lock:
             self._heard_at = now
-            looks = [file.look_at for file in self._files.values() if file.look_at is not None]
+            looks = self._planned()
         return max(0.0, min([ends, *looks]) - now) if now < ends else None
+
+    def _planned(self) -> list[float]:
+        return [file.look_at for file in self._files.values() if file.look_at is not None]
 
     def _answer(self) -> None:
         """Read one ring, and pass it on."""
@@ -393,31 +406,27 @@ class _Watch:
     def _note(self) -> None:
         """Read the signs of change, and plan a look for each."""
         with self._lock:
-            for event in self._inotify.read(timeout=0):
-                if event.wd == -1:  # the queue overflowed: signs of any file may be lost
-                    self._numbers.clear()
-                    for file in list(self._files.values()):
-                        file.number, file.look_at = None, 0.0
-                        self._tidy(file)
-                changed = self._numbers.pop(event.wd, None)
-                if changed is not None:
-                    changed.number = None
-                    self._tidy(changed)
-                    if changed.bells:
-                        self._plan(changed)
+            self._note_all(self._inotify.read(timeout=0))
+
+    def _note_all(self, events: Iterable[Any]) -> None:
+        for event in events:
+            if event.wd == -1:  # the queue overflowed: signs of any file may be lost
+                self._numbers.clear()
+                for file in list(self._files.values()):
+                    file.number, file.look_at = None, 0.0
+                    self._tidy(file)
+            changed = self._numbers.pop(event.wd, None)
+            if changed is not None:
+                changed.number = None
+                self._tidy(changed)
+                if changed.bells:
+                    self._plan(changed)
 
     def _look(self) -> None:
         """Look into the files whose time has come."""
         now = time.monotonic()
         with self._lock:
-            due = [
-                (file, list(file.bells))
-                for file in self._files.values()
-                if file.look_at is not None and file.look_at <= now
-            ]
-            for file, bells in due:
-                if bells and file.number is None:
-                    self._arm(file, bells[0])  # before the look, so that nothing falls between
+            due = self._due(now)
         for file, bells in due:
             changed = stirred = False
             for bell in bells:
@@ -432,6 +441,18 @@ class _Watch:
                     stirred = True
             with self._lock:
                 self._plan_next(file, changed=changed, stirred=stirred)
+
+    def _due(self, now: float) -> list[tuple[_File, list[Doorbell]]]:
+        """The files to look into, and for whom; their signs are asked for before the look."""
+        due = [
+            (file, list(file.bells))
+            for file in self._files.values()
+            if file.look_at is not None and file.look_at <= now
+        ]
+        for file, bells in due:
+            if bells and file.number is None:
+                self._arm(file, bells[0])
+        return due
 
     def _plan_next(self, file: _File, *, changed: bool, stirred: bool) -> None:
         """After a look: when the next one is due, if at all."""

@@ -143,7 +143,7 @@ class Local:
             new.readers, new.drainers = old.readers, old.drainers
             self._add(key, entry, bag=new)
             self._bags[key] = new
-            _replaced = [self._bury(gone) for gone in old.entries if gone.live]
+            _replaced = self._bury_all(old)
 
     def out_if_empty(self, key: str, value: Any) -> bool:
         """Add `value` if `key` holds no entry, in one step; whether it was added."""
@@ -301,23 +301,29 @@ class Local:
     def _in(self, keys: list[str], timeout: float | None, context: Context | None) -> _Entry:
         """Take from the first of `keys` that has an entry."""
 
+        def take(waiter: Waiter) -> None:
+            for key in keys:
+                bag = self._bags.get(key)
+                if bag is not None and bag.count:
+                    entry = bag.head()
+                    entry.live, waiter.found = False, entry
+                    bag.count -= 1
+                    self._let_go(bag, entry)
+                    return
+
+        def queue(waiter: Waiter) -> None:
+            for key in keys:
+                self._bag(key).takers[waiter] = None
+
         def look(waiter: Waiter, enroll: bool) -> None:
             with self._lock:
                 self._ensure_open()
                 if waiter.found is not MISSING:  # out() has handed it over
                     return
                 _expired = self._sweep() if self._expiries else None
-                for key in keys:
-                    bag = self._bags.get(key)
-                    if bag is not None and bag.count:
-                        entry = bag.head()
-                        entry.live, waiter.found = False, entry
-                        bag.count -= 1
-                        self._let_go(bag, entry)
-                        return
-                if enroll:
-                    for key in keys:
-                        self._bag(key).takers[waiter] = None
+                take(waiter)
+                if enroll and waiter.found is MISSING:
+                    queue(waiter)
 
         def restore(waiter: Waiter) -> None:
             self._give_back(waiter.found)
@@ -346,15 +352,18 @@ class Local:
         restore: Callable[[Waiter], None] = lambda _waiter: None,
         horizon: Callable[[], float | None] = lambda: None,
     ) -> Any:
+        def forget(waiter: Waiter) -> None:
+            for key in keys:
+                bag = self._bags.get(key)
+                if bag is not None:
+                    bag.takers.pop(waiter, None)
+                    bag.readers.pop(waiter, None)
+                    bag.drainers.pop(waiter, None)
+                    self._tidy(bag)
+
         def leave(waiter: Waiter) -> None:
             with self._lock:
-                for key in keys:
-                    bag = self._bags.get(key)
-                    if bag is not None:
-                        bag.takers.pop(waiter, None)
-                        bag.readers.pop(waiter, None)
-                        bag.drainers.pop(waiter, None)
-                        self._tidy(bag)
+                forget(waiter)
 
         return wait(
             look,
@@ -434,6 +443,10 @@ class Local:
             self._taken_early += 1
             self._trim()
         self._settle(bag)
+
+    def _bury_all(self, bag: _Bag) -> list[Any]:
+        """Bury all that is live in a bag; what must be let go outside of the lock."""
+        return [self._bury(gone) for gone in bag.entries if gone.live]
 
     def _bury(self, entry: _Entry) -> Any:
         """The value of an entry that was replaced."""

@@ -9,6 +9,10 @@ CPython delivers a signal only where a function is called, entered or left into 
 turns; never between plain stores. So a step that takes writes all its marks in stores that follow
 each other, with no call between them, and cleans up after them.
 
+No loop stands directly inside a `with` of a lock, nor inside a `try` that takes something back:
+CPython delivers Ctrl-C at a jump backwards too, and from 3.12 on compiles some of these out of the
+handler, so that a lock stayed taken. Such a loop is a function of its own.
+
 Backends differ in how they look, leave and restore, and in how they park; in nothing else.
 """
 

@@ -584,7 +584,8 @@ store.close()
 for hit in hits if deed == "fork" else ():
     assert os.waitpid(hit, 0)[1] == 0
 with sqlspace.open(path) as store:
-    print(store.len("main") == mine, deed != "push" or store.len("handler") == len([hit for hit in hits if hit]),
+    pushed = len([hit for hit in hits if hit]) if deed == "push" else 0
+    print(store.len("main") == mine, store.len("handler") == pushed,
           store.len("child"), len(hits))
 """
 

@@ -1,0 +1,46 @@
+"""Where Ctrl-C can strike, for the whole package."""
+
+import dis
+import importlib
+import itertools
+import types
+
+import pytest
+
+# Those that hold locks in a caller's thread.
+MODULES = ["local", "waiting", "store", "database", "doorbell", "identity"]
+
+
+def codes(code):
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from codes(constant)
+
+
+def unguarded(code):
+    """The lines of jumps backwards inside a `with` that its exit doesn't cover."""
+    instructions = list(dis.get_instructions(code))
+    exits = {
+        before.offset
+        for before, exit_ in itertools.pairwise(instructions)
+        if exit_.opname == "WITH_EXCEPT_START"
+    }
+    ranges = [r for r in dis.Bytecode(code).exception_entries if r.target in exits]
+    for instruction in instructions:
+        if instruction.opname.startswith("JUMP_BACKWARD"):
+            at = instruction.offset
+            before = {r.target for r in ranges if r.end <= at}
+            after = {r.target for r in ranges if r.start > at}
+            if (before & after) - {r.target for r in ranges if r.start <= at < r.end}:
+                yield instruction.positions.lineno
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_loop_stands_where_an_interrupt_would_leave_its_lock_taken(name):
+    """CPython checks for signals at jumps backwards, and compiles some out of their handler."""
+    module = importlib.import_module(f"sqlspace.{name}")
+    with open(module.__file__, encoding="utf-8") as file:
+        top = compile(file.read(), module.__file__, "exec")
+    found = {f"{code.co_qualname}, line {line}" for code in codes(top) for line in unguarded(code)}
+    assert found == set()
