@@ -11,8 +11,9 @@ POSIX locks for the whole process.
 import fcntl
 import struct
 
-__all__ = ["HISTORY_AT", "WAITING_AT", "Marks"]
+__all__ = ["HISTORY_AT", "QUEUED_AT", "WAITING_AT", "Marks"]
 
+QUEUED_AT = 1 << 59  # somebody waits at the turnstile
 HISTORY_AT = 1 << 60  # + the history a store keeps
 WAITING_AT = 1 << 61  # + a hash of what is waited for, + the waiting process (see doorbell)
 

@@ -17,10 +17,12 @@ import threading
 import time
 
 from .errors import BusyError, StoreError
+from .marks import QUEUED_AT, Marks
 from .waiting import surely
 
 __all__ = ["Turnstile"]
 
+_QUEUED = Marks.ask(QUEUED_AT, 1)
 _BUSY = "other writers held the write lock beyond busy_timeout"
 
 
@@ -33,6 +35,7 @@ class Turnstile:
 
     def __init__(self, descriptor: int | None) -> None:
         self._descriptor = descriptor
+        self._marks = Marks(descriptor)
         self._mutex = threading.Lock()
         self._go = threading.Lock()  # released to send the helper to wait
         self._go.acquire()
@@ -54,7 +57,10 @@ class Turnstile:
         """
         if self._descriptor is None:
             return
-        if not self._pending:
+        # Whoever has just left would overtake those whom the kernel is still waking, so it queues
+        # behind them: else the slowest of 8 processes once got a third of the fastest one's share.
+        others = self._marks.find(_QUEUED) is not None
+        if not self._pending and (not others or time.monotonic() >= deadline):
             try:
                 fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -126,12 +132,14 @@ class Turnstile:
                 return
             locked = True
             try:
+                self._marks.hold(QUEUED_AT)
                 fcntl.flock(self._descriptor, fcntl.LOCK_EX)
             except OSError:  # closed just now; or the system has no lock to give
                 locked = False
             with self._mutex:
                 if self._is_closed():  # the lock went with the descriptor
                     return
+                self._marks.drop(QUEUED_AT)
                 self._pending = False
                 if not locked:
                     continue
