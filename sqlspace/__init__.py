@@ -7,6 +7,8 @@
 b'hello'
 """
 
+from .delivery import Delivery
+from .durable import DurableSpace
 from .errors import (
     BackendError,
     BusyError,
@@ -27,6 +29,7 @@ from .local import Local
 from .records import Compaction, Entry, KeyStats, Stats, Tombstone
 from .space import Context, Space
 from .store import Store, open
+from .transaction import Transaction
 
 __all__ = [
     "BackendError",
@@ -38,6 +41,8 @@ __all__ = [
     "CorruptError",
     "DeadlineError",
     "DecodeError",
+    "Delivery",
+    "DurableSpace",
     "Entry",
     "FullError",
     "KeyStats",
@@ -51,6 +56,7 @@ __all__ = [
     "Store",
     "StoreError",
     "Tombstone",
+    "Transaction",
     "UndecidedError",
     "open",
 ]

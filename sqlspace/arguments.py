@@ -10,13 +10,16 @@ import numbers
 from collections.abc import Iterable
 
 __all__ = [
+    "check_callable",
     "check_delay_micros",
+    "check_flag",
     "check_headers",
     "check_int",
     "check_key",
     "check_keys",
     "check_lease_micros",
     "check_payload",
+    "check_payloads",
     "check_size",
     "check_timeout",
     "check_ttl",
@@ -101,6 +104,20 @@ def check_payload(payload: object, argument: str = "payload") -> bytes:
         return view.tobytes()
 
 
+def check_payloads(key: str, payloads: object) -> list[bytes]:
+    """Several payloads for one key: an iterable of bytes-likes, copied."""
+    if isinstance(payloads, bytes | bytearray | memoryview | str) or not hasattr(
+        payloads, "__iter__"
+    ):
+        raise TypeError(f"payloads must be an iterable of bytes-like, not {kind(payloads)}")
+    checked = []
+    for index, payload in enumerate(payloads):
+        argument = f"payloads[{index}]"
+        checked.append(check_payload(payload, argument))
+        check_size(key, checked[-1], None, argument)
+    return checked
+
+
 def check_size(key: str, payload: bytes, headers: str | None, argument: str = "payload") -> None:
     """Refuse what doesn't fit into one row of SQLite."""
     if len(payload) < ROW_BYTES // 4 and headers is None:
@@ -131,6 +148,19 @@ def check_headers(headers: object) -> str | None:
     if size > ROW_BYTES // 2:
         raise ValueError(f"headers must be at most {ROW_BYTES // 2:,} bytes as JSON, not {size:,}")
     return text
+
+
+def check_flag(value: object, argument: str) -> bool:
+    """True or False, and nothing that is merely true or false."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{argument} must be bool, not {kind(value)}")
+    return value
+
+
+def check_callable(value: object, argument: str) -> None:
+    """Something that can be called."""
+    if not callable(value):
+        raise TypeError(f"{argument} must be callable, not {kind(value)}")
 
 
 def check_int(value: object, argument: str, least: int) -> int:

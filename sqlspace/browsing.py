@@ -1,72 +1,106 @@
-"""Looking into a store: counts, entries, history, stats. Nothing here writes.
+"""Looking into a store: counts, entries, history, stats. Nothing here writes, but for `settle`.
 
 All of it runs on the connection for browsing, and what is handed out lazily is read in batches: a
 read transaction that stays open would keep the -wal from being used again.
+
+What the clock says counts, whether or not it has been carried out (see `entries`). Only of the dead
+letters that must come into being the seq isn't known yet, so whoever looks at dead letters has them
+moved first.
 """
 
 import functools
+import heapq
+import itertools
 import json
-import time
+import logging
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
-from . import upkeep
+from . import clock, entries, upkeep
 from .arguments import check_key
 from .connection import Connection
 from .database import Database
-from .errors import CorruptError
+from .doorbell import room_token, turn_token, waited_key
+from .entries import DEAD, HELD, LAST, LEASED, LIVE, UNEXPIRED
+from .errors import BusyError, CorruptError, FullError
 from .records import Entry, KeyStats, Stats, Tombstone
 
 __all__ = [
     "count",
-    "entries",
     "entry",
+    "first",
     "has_live",
     "has_ready",
     "head",
     "history",
     "keys",
+    "live",
+    "seconds_ahead",
+    "stands_ready",
     "stats",
     "stirring",
 ]
 
-SELECT_READY = """
+log = logging.getLogger("sqlspace")
+
+SELECT_READY = f"""
+SELECT EXISTS (SELECT 1 FROM sqlspace_entries INDEXED BY sqlspace_entries_live
+                WHERE key = ?2 AND state = 0 AND state < 3 AND {UNEXPIRED})
+    OR EXISTS (SELECT 1 FROM sqlspace_entries INDEXED BY sqlspace_entries_until
+                WHERE key = ?2 AND until_at <= ?1 AND {UNEXPIRED} AND NOT {LAST})
+    OR EXISTS (SELECT 1 FROM sqlspace_entries INDEXED BY sqlspace_entries_since
+                WHERE key = ?2 AND since_at > ?1 AND {UNEXPIRED} AND NOT {LAST})
+"""
+# Whether some entry of ?2 is dead and only not moved yet.
+SELECT_DEAD = f"""
+SELECT EXISTS (SELECT 1 FROM sqlspace_entries INDEXED BY sqlspace_entries_last
+                WHERE deadline <= ?1 AND deadline IS NOT NULL AND attempts >= max_attempts
+                  AND key = ?2 AND {entries.DIED_FIRST})
+    OR EXISTS (SELECT 1 FROM sqlspace_entries INDEXED BY sqlspace_entries_last_since
+                WHERE since_at > ?1 AND deadline IS NOT NULL AND attempts >= max_attempts
+                  AND key = ?2 AND {entries.DIED_FIRST})
+"""
+SELECT_LIVE = f"""
 SELECT 1 FROM sqlspace_entries INDEXED BY sqlspace_entries_live
- WHERE key = ? AND state = 0 AND state < 3 LIMIT 1
+ WHERE key = ?2 AND state < 3 AND {LIVE} LIMIT 1
 """
-SELECT_LIVE = """
-SELECT 1 FROM sqlspace_entries INDEXED BY sqlspace_entries_live
- WHERE key = ? AND state < 3 LIMIT 1
+# The first of what stands ready, what has come due, and what a clock that jumped back would hold.
+SELECT_FIRST = f"""
+SELECT nullif(min(
+  ifnull((SELECT seq FROM sqlspace_entries INDEXED BY sqlspace_entries_live
+           WHERE key = ?2 AND state = 0 AND state < 3 AND {UNEXPIRED} ORDER BY seq LIMIT 1),
+         {entries.NO_SEQ}),
+  ifnull((SELECT min(seq) FROM sqlspace_entries INDEXED BY sqlspace_entries_until
+           WHERE key = ?2 AND until_at <= ?1 AND {UNEXPIRED} AND NOT {LAST}), {entries.NO_SEQ}),
+  ifnull((SELECT min(seq) FROM sqlspace_entries INDEXED BY sqlspace_entries_since
+           WHERE key = ?2 AND since_at > ?1 AND {UNEXPIRED} AND NOT {LAST}), {entries.NO_SEQ})), {entries.NO_SEQ})
 """
-SELECT_PAYLOAD = """
-SELECT ifnull(payload, x'') FROM sqlspace_entries INDEXED BY sqlspace_entries_live
- WHERE key = ? AND state = 0 AND state < 3 ORDER BY seq LIMIT 1
-"""
-COUNT = """
-SELECT count(*) FROM sqlspace_entries INDEXED BY sqlspace_entries_live WHERE key = ? AND state < 3
+SELECT_HEAD = f"""
+SELECT seq, ifnull(payload, x'') FROM sqlspace_entries WHERE seq = ({SELECT_FIRST})
 """
 # The headers as a blob: what somebody else's SQL made of no valid UTF-8 can't be a str.
-SELECT_ENTRY = """
-SELECT seq, key, ifnull(payload, x''), CAST(headers AS BLOB), state, pushed_at, due_at,
-       expires_at, deadline, attempts
+SELECT_ENTRY = f"""
+SELECT seq, key, ifnull(payload, x''), CAST(headers AS BLOB),
+       CASE WHEN {LEASED} THEN 2 WHEN due_at IS NOT NULL AND {HELD} THEN 1 ELSE 0 END,
+       pushed_at, CASE WHEN {HELD} THEN due_at END, expires_at, CASE WHEN {HELD} THEN deadline END,
+       attempts
   FROM sqlspace_entries
- WHERE seq = ? AND key = ? AND state < 3
+ WHERE seq = ?2 AND key = ?3 AND state < 3 AND {LIVE}
 """
-SELECT_ENTRIES = """
-SELECT seq, key, ifnull(payload, x''), CAST(headers AS BLOB), state, pushed_at, due_at,
-       expires_at, deadline, attempts
-  FROM sqlspace_entries INDEXED BY sqlite_autoindex_sqlspace_entries_1
- WHERE key = ? AND seq > ? AND state < 3 ORDER BY seq
+SELECT_SEQS = """
+SELECT seq FROM sqlspace_entries INDEXED BY sqlspace_entries_live
+ WHERE key = ? AND state = ? AND state < 3 AND seq > ? ORDER BY seq LIMIT ?
 """
 # The keys are read as blobs: one that somebody else's SQL made of no valid UTF-8 can't be a str.
 SELECT_NEXT_KEY = """
 SELECT CAST(min(key) AS BLOB) FROM sqlspace_entries INDEXED BY sqlspace_entries_live
  WHERE key > CAST(? AS TEXT) AND state < 3
 """
-SELECT_STATS = """
-SELECT CAST(key AS BLOB), state, count(*), min(pushed_at), sum(length(payload))
+SELECT_STATS = f"""
+SELECT CAST(key AS BLOB), count(*), sum({LEASED}), sum(due_at IS NOT NULL AND {HELD}),
+       min(pushed_at), sum(length(payload))
   FROM sqlspace_entries INDEXED BY sqlspace_entries_live
- WHERE state < 3 GROUP BY key, state
+ WHERE state < 3 AND {LIVE} GROUP BY key
 """
 SELECT_HISTORY = """
 SELECT taken_no, seq, key, pushed_at, taken_at, state
@@ -76,6 +110,19 @@ SELECT taken_no, seq, key, pushed_at, taken_at, state
 COUNT_HISTORY = """
 SELECT count(*) FROM sqlspace_entries INDEXED BY sqlspace_entries_taken
  WHERE taken_no > ? AND taken_no IS NOT NULL
+"""
+# When the clock next changes something: for a key, for dead letters, for those that wait for room.
+SELECT_NEXT_DUE = """
+SELECT min(until_at) FROM sqlspace_entries INDEXED BY sqlspace_entries_until
+ WHERE key = ?2 AND until_at > ?1
+"""
+SELECT_NEXT_DEATH = """
+SELECT min(deadline) FROM sqlspace_entries INDEXED BY sqlspace_entries_last
+ WHERE deadline > ?1 AND deadline IS NOT NULL AND attempts >= max_attempts
+"""
+SELECT_NEXT_EXPIRY = """
+SELECT min(expires_at) FROM sqlspace_entries INDEXED BY sqlspace_entries_expiring
+ WHERE expires_at > ?1 AND expires_at IS NOT NULL AND state < 3
 """
 
 _BATCH_ROWS = 256
@@ -90,66 +137,153 @@ _OUTCOMES: dict[int, Literal["taken", "acked", "expired", "dead"]] = {
 }
 
 
-def has_ready(database: Database, key: str) -> bool:
+def stands_ready(connection: Connection, key: str) -> bool:
     """Whether an entry of `key` can be taken now."""
-    return bool(database.read(SELECT_READY, (key,)))
+    now = clock.now()
+    ready: Any = connection.execute(SELECT_READY, (now, key)).get
+    if not ready and key.endswith(DEAD):
+        ready = connection.execute(SELECT_DEAD, (now, key.removesuffix(DEAD))).get
+    return bool(ready)
+
+
+def has_ready(database: Database, key: str) -> bool:
+    """The same, looked up while others write."""
+    return bool(database.browse(lambda connection: stands_ready(connection, key)))
 
 
 def has_live(database: Database, key: str) -> bool:
     """Whether `key` holds any live entry."""
-    return bool(database.read(SELECT_LIVE, (key,)))
+    settle(database, key)
+    return bool(database.browse(lambda connection: _holds_any(connection, key)))
 
 
-def head(database: Database, key: str) -> bytes | None:
-    """The payload of the head."""
-    rows = database.read(SELECT_PAYLOAD, (key,))
-    return rows[0][0] if rows else None
+def head(database: Database, key: str) -> tuple[int, bytes] | None:
+    """The seq and the payload of the head."""
+    settle(database, key)
+    found: tuple[int, bytes] | None = database.browse(lambda connection: first(connection, key))
+    return found
 
 
-def stirring(database: Database, tokens: Iterable[str]) -> Iterable[str] | None:
-    """For the doorbell: of these tokens, those that have something; None if nothing changed."""
-    if not database.changed():
+def first(connection: Connection, key: str) -> tuple[int, bytes] | None:
+    """The same, on any connection."""
+    rows: list[Any] = connection.execute(SELECT_HEAD, (clock.now(), key)).fetchall()
+    return rows[0] if rows else None
+
+
+def stirring(
+    database: Database, tokens: Iterable[str], timed: bool
+) -> tuple[list[str], float | None] | None:
+    """For the doorbell: what is worth waking somebody for.
+
+    Args:
+        database: Where to look.
+        tokens: What is waited for.
+        timed: Look, even if nobody has committed anything since the last look.
+
+    Returns:
+        Those tokens that have something, and in how many seconds the clock will next change
+        something for one of them; None if there was no reason to look.
+    """
+    if not database.changed() and not timed:
         return None
-    # A key can't hold a NUL; a token for room begins with one.
-    return [
-        token
-        for token in tokens
-        if (not has_live(database, token[1:]) if token[0] == "\0" else has_ready(database, token))
-    ]
+
+    def step(connection: Connection) -> tuple[list[str], float | None]:
+        found = [token for token in tokens if _is_met(connection, token)]
+        return found, _ahead(connection, tokens)
+
+    result: tuple[list[str], float | None] = database.browse(step)
+    return result
+
+
+def seconds_ahead(database: Database, tokens: Iterable[str]) -> float | None:
+    """In how many seconds the clock will next change something for one of these tokens."""
+    ahead: float | None = database.browse(lambda connection: _ahead(connection, tokens))
+    return ahead
+
+
+def _is_met(connection: Connection, token: str) -> bool:
+    """Whether there is what a token of the doorbell stands for."""
+    key = waited_key(token)
+    if token == room_token(key):
+        return not _holds_any(connection, key)
+    if token == turn_token(key):
+        now = clock.now()
+        seq: Any = connection.execute(SELECT_FIRST, (now, key)).get
+        return seq is not None and not entries.blocked(connection, key, seq, now)
+    return stands_ready(connection, key)
+
+
+def _holds_any(connection: Connection, key: str) -> bool:
+    return bool(connection.execute(SELECT_LIVE, (clock.now(), key)).fetchall())
+
+
+def _ahead(connection: Connection, tokens: Iterable[str]) -> float | None:
+    now = clock.now()
+    times: list[Any] = []
+    for token in tokens:
+        key = waited_key(token)
+        times.append(connection.execute(SELECT_NEXT_DUE, (now, key)).get)
+        if key.endswith(DEAD):
+            times.append(connection.execute(SELECT_NEXT_DEATH, (now,)).get)
+        if token == room_token(key):
+            times.append(connection.execute(SELECT_NEXT_EXPIRY, (now,)).get)
+    ahead = min((at for at in times if at is not None), default=None)
+    return None if ahead is None else (ahead - now) / 1e6
+
+
+def settle(database: Database, key: str = DEAD) -> None:
+    """Have the dead moved to where they belong, before somebody looks at dead letters.
+
+    Args:
+        database: Where.
+        key: Under which somebody looks.
+    """
+    if not key.endswith(DEAD):
+        return
+    while database.read(entries.SELECT_LAST_OVER, (clock.now(),))[0][0]:
+        try:
+            database.transact(lambda connection: entries.bury(connection, clock.now()))
+        except (BusyError, FullError) as error:
+            log.warning("%s: dead letters could not be moved: %s", database.options.path, error)
+            return
 
 
 def count(database: Database, key: str) -> int:
     """How many live entries."""
-    return int(database.read(COUNT, (key,))[0][0])
+    settle(database, key)
+    found: int = database.browse(lambda connection: entries.count(connection, key, clock.now()))
+    return found
 
 
 def entry(database: Database, key: str, seq: int) -> Entry | None:
     """One live entry."""
-    rows = database.read(SELECT_ENTRY, (seq, key))
+    settle(database, key)
+    rows = database.read(SELECT_ENTRY, (clock.now(), seq, key))
     return _entry(rows[0], database.options.path) if rows else None
 
 
-def entries(database: Database, key: str) -> Iterator[Entry]:
+def live(database: Database, key: str) -> Iterator[Entry]:
     """The live entries of `key`, by seq."""
+    settle(database, key)
     last = 0
     while True:
-        batch: list[Any] = database.browse(functools.partial(_some, key=key, last=last))
+        batch, last = database.browse(functools.partial(_some, key=key, last=last))
         for row in batch:
             yield _entry(row, database.options.path)
-        if not batch:
+        if not last:
             return
-        last = batch[-1][0]
 
 
 def keys(database: Database) -> list[str]:
     """The keys with live entries, sorted; those that no caller could name are left out."""
+    settle(database)
 
     def step(connection: Connection) -> list[str]:
         found: list[str] = []
         last: Any = b""
         while (last := connection.execute(SELECT_NEXT_KEY, (last,)).get) is not None:
             key = _nameable(last)
-            if key is not None:
+            if key is not None and _holds_any(connection, key):
                 found.append(key)
         return found
 
@@ -170,38 +304,32 @@ def history(database: Database, key: str) -> Iterator[Tombstone]:
 
 def stats(database: Database) -> Stats:
     """All that can be counted."""
+    settle(database)
+    now = clock.now()
 
     def step(connection: Connection) -> tuple[list[Any], int, int]:
         return (
-            connection.execute(SELECT_STATS).fetchall(),
+            connection.execute(SELECT_STATS, (now,)).fetchall(),
             connection.pragma("freelist_count"),
             connection.pragma("page_size"),
         )
 
     rows, free_pages, page_bytes = database.browse(step)
-    now = time.time_ns() // 1000
-    found: dict[str, dict[str, int]] = {}
-    for name, state, number, pushed_at, size in rows:
-        key = name.decode(errors="backslashreplace")
-        sums = found.setdefault(key, {"ready": 0, "delayed": 0, "leased": 0, "bytes": 0, "at": now})
-        sums[_STATES[state]] += number
-        sums["bytes"] += size or 0
-        sums["at"] = min(sums["at"], pushed_at)
-    live = {key: sum(sums[state] for state in _STATES) for key, sums in found.items()}
-    for dead in [key for key in live if key.endswith("/dead")]:
-        found.setdefault(dead.removesuffix("/dead"), dict.fromkeys((*_STATES, "bytes"), 0))
+    found = {row[0].decode(errors="backslashreplace"): row[1:] for row in rows}
+    for dead in [key for key in found if key.endswith(DEAD)]:
+        found.setdefault(dead.removesuffix(DEAD), (0, 0, 0, now, 0))
     file_bytes, wal_bytes = database.sizes()
     return Stats(
         keys={
             key: KeyStats(
-                ready=sums["ready"],
-                leased=sums["leased"],
-                delayed=sums["delayed"],
-                dead=live.get(f"{key}/dead", 0),
-                oldest_age=(now - sums.get("at", now)) / 1e6,
-                bytes=sums["bytes"],
+                ready=number - leased - delayed,
+                leased=leased,
+                delayed=delayed,
+                dead=found.get(key + DEAD, (0,))[0],
+                oldest_age=max(0.0, (now - pushed_at) / 1e6),
+                bytes=size or 0,
             )
-            for key, sums in sorted(found.items())
+            for key, (number, leased, delayed, pushed_at, size) in sorted(found.items())
             if key
         },
         file_bytes=file_bytes,
@@ -220,18 +348,30 @@ def _forgotten(database: Database) -> int:
     return max(0, int(database.read(upkeep.SELECT_LAST_TAKEN)[0][0]) - keep)
 
 
-def _some(connection: Connection, key: str, last: int) -> list[Any]:
-    """The next entries, bounded in number and in bytes."""
+def _some(connection: Connection, key: str, last: int) -> tuple[list[Any], int]:
+    """The next entries, bounded in number and in bytes, and the last seq read; 0: no more.
+
+    By state, so that the tombstones of the key are not walked through.
+    """
+    seqs: list[Iterator[int]] = []
+    for state in (0, 1, 2):
+        rows: list[Any] = connection.execute(
+            SELECT_SEQS, (key, state, last, _BATCH_ROWS)
+        ).fetchall()
+        seqs.append(seq for (seq,) in rows)
     batch: list[Any] = []
-    size = 0
-    cursor = connection.execute(SELECT_ENTRIES, (key, last))
-    for row in cursor:
-        batch.append(row)
-        size += len(row[2])
-        if len(batch) >= _BATCH_ROWS or size >= _BATCH_BYTES:
-            break
-    cursor.close()
-    return batch
+    size = number = 0
+    now = clock.now()
+    for seq in itertools.islice(heapq.merge(*seqs), _BATCH_ROWS):
+        row: Any = connection.execute(SELECT_ENTRY, (now, seq, key)).fetchone()
+        last = seq
+        number += 1
+        if row is not None:  # it may have expired
+            batch.append(row)
+            size += len(row[2])
+        if size >= _BATCH_BYTES:
+            return batch, last
+    return batch, last if number == _BATCH_ROWS else 0
 
 
 def _nameable(key: bytes) -> str | None:

@@ -291,11 +291,12 @@ def pull(
 
 def _pull_one(store: Store, key: str, seconds: float | None, *, as_json: bool) -> None:
     terminal.writable()
-    head = store._wait_and_take([key], seconds, None)  # noqa: SLF001  # pull, but able to go back
+    grab = store._wait_and_take([key], seconds, None)  # noqa: SLF001  # pull, but able to go back
+    payload = grab.head.payload
     try:
-        terminal.write(_in_json(key, head[2]) + b"\n" if as_json else head[2])
+        terminal.write(_in_json(key, payload) + b"\n" if as_json else payload)
     except BaseException:
-        store._put_back(head)  # noqa: SLF001
+        grab.restore()
         raise
 
 

@@ -11,6 +11,7 @@ failed commit one more durable commit makes that certain, or the error is Undeci
 
 import functools
 import logging
+import operator
 import os
 import threading
 import time
@@ -22,7 +23,7 @@ import apsw
 
 from . import doorbell, identity, schema
 from .connection import Connection, Options, connect, has_moved, holds_lock, open_verified
-from .doorbell import Doorbell
+from .doorbell import Doorbell, Stirring
 from .errors import (
     BusyError,
     ClosedError,
@@ -45,8 +46,7 @@ log = logging.getLogger("sqlspace")
 Step = Callable[[Connection], Iterable[str]]
 """Work on the connection; returns the doorbell's tokens to ring for."""
 
-Stirring = Callable[[Iterable[str]], Iterable[str] | None]
-"""See `Doorbell`."""
+_ACQUIRE = operator.methodcaller("acquire")
 
 # A commit that really changes a page; it decides what an earlier failure or crash left undecided.
 UPDATE_BOOTS = "UPDATE sqlspace_schema SET boots = boots + 1 WHERE version = 1"
@@ -100,6 +100,11 @@ class _Session:
             self._close_files()
             raise
 
+    def boot(self) -> None:
+        """The commit before the first write."""
+        self.connection.execute(UPDATE_BOOTS)
+        self.booted = True
+
     def open_reader(self, options: Options) -> apsw.Connection:
         """The connection for browsing; made when first needed."""
         if self.reader is None:
@@ -137,21 +142,21 @@ class Database:
 
     Args:
         options: How to open it.
-        stirring: Which of these tokens of this database have something? None: nothing changed.
+        stirring: As `Doorbell` has it, of this database.
     """
 
     def __init__(
         self,
         options: Options,
-        stirring: Callable[["Database", Iterable[str]], Iterable[str] | None],
+        stirring: Callable[["Database", Iterable[str], bool], Any],
     ) -> None:
         self.options = options
         self.closed = False
         this = weakref.ref(self)  # the doorbell must not keep a forgotten store alive
 
-        def look(tokens: Iterable[str]) -> Iterable[str] | None:
+        def look(tokens: Iterable[str], timed: bool) -> Any:
             database = this()
-            return None if database is None else stirring(database, tokens)
+            return None if database is None else stirring(database, tokens, timed)
 
         self._stirring: Stirring = look
         self._poison: StoreError | None = None
@@ -161,6 +166,7 @@ class Database:
         self._writer: int | None = None  # the thread that has the one lock
         self._browser: int | None = None  # and the other
         self._inside = False  # whether the thread that forks is one of them
+        self._whole: _Session | None = None  # in which a caller's own transaction is open
         self._busy_timeout = options.busy_timeout
         self._session: _Session | None = None
         self._spent: _Session | None = None  # one that is only to be closed
@@ -232,8 +238,7 @@ class Database:
                 session.turnstile.enter(deadline)
                 begun = True
                 if not session.booted:
-                    session.connection.execute(UPDATE_BOOTS)
-                    session.booted = True
+                    session.boot()
                 tokens = step(session.connection)
             finally:
                 session.turnstile.leave()
@@ -244,6 +249,81 @@ class Database:
             self._take_back(session, error, undo)
             self._explain(session, error, begun=begun)
             raise
+
+    def begin(self, held: list[Any]) -> Connection:
+        """Open a transaction that is the calling thread's, until `end`.
+
+        `end` must follow, also if this raises. Others that write wait meanwhile, and every other
+        call of this thread is refused.
+
+        Args:
+            held: An empty list, for `end`.
+
+        Raises:
+            ClosedError, StoreError, ValueError: as `write`; inside another call.
+        """
+        now = time.monotonic()
+        self._ensure_outside(threading.get_ident())
+        held.extend(filter(_ACQUIRE, (self._lock,)))  # one C call: no Ctrl-C comes in between
+        self._writer = threading.get_ident()
+        session = self._ready()
+        self._ensure_in_place(session, undecided=False)
+        deadline = session.patience.deadline = now + self._busy_timeout
+        self._whole = session
+        try:
+            session.turnstile.enter(deadline)
+            if not session.booted:
+                session.boot()
+            session.connection.execute("BEGIN IMMEDIATE")
+        except Exception as error:
+            self._explain(session, error, begun=False)
+            raise
+        return session.connection
+
+    def commit(self, tokens: Iterable[str]) -> None:
+        """Commit what was begun, and ring; raises as `write`, and then nothing happened."""
+        session = self._whole
+        if session is None:
+            self._ready()  # raises why
+            raise StoreError(f"{self.options.path}: the transaction is over")
+        try:
+            if not session.connection.in_transaction:
+                raise StoreError(
+                    f"{self.options.path}: SQLite rolled the transaction back when one of its "
+                    "statements failed"
+                )
+            session.connection.execute("COMMIT")
+            session.turnstile.leave()
+            if session.poll(0) or session.identity.alarmed:
+                self._ensure_in_place(session, undecided=True)
+            session.bell.ring_all(tokens)
+        except BaseException as error:
+            self._take_back(session, error, None)
+            self._explain(session, error, begun=True)
+            raise
+
+    def end(self, held: list[Any]) -> None:
+        """Roll back what wasn't committed, and let the others go on. Idempotent.
+
+        Args:
+            held: That of `begin`.
+        """
+        if not held:
+            return
+        session = self._whole
+        if session is not None:
+            try:
+                _roll_back(session.connection)
+            except apsw.Error:
+                log.exception("%s: a transaction could not be rolled back", self.options.path)
+            session.turnstile.leave()
+        lock = held[0]
+        # Plain stores up to the release: no Ctrl-C can come in between.
+        self._whole = self._writer = None
+        del held[:]
+        lock.release()
+        if self.closed:  # in the meantime
+            self.close()
 
     def transact(
         self,
@@ -265,6 +345,10 @@ class Database:
 
         self.write(whole, probe=probe, undo=undo)
 
+    def touch(self, connection: Connection) -> None:
+        """Make sure that the commit to come writes something, and so is synced."""
+        connection.execute(UPDATE_BOOTS)
+
     def read(self, sql: str, arguments: Sequence[Any] = ()) -> list[Any]:
         """All rows of a query, on the connection for browsing."""
         rows: list[Any] = self.browse(
@@ -283,7 +367,7 @@ class Database:
                 self._ensure_in_place(session, undecided=False)
                 found = step(session.open_reader(self.options))
             except apsw.Error as error:
-                raise self._mapped(error) from error
+                raise self.mapped(error) from error
             finally:
                 self._browser = None
         if self.closed:
@@ -398,7 +482,7 @@ class Database:
                     session.connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
                 session.close()
             except apsw.Error as error:
-                raise self._mapped(error) from error
+                raise self.mapped(error) from error
 
     # -- the session
 
@@ -406,7 +490,7 @@ class Database:
         try:
             return _Session(self.options, self._stirring)
         except apsw.Error as error:
-            raise self._mapped(error) from error
+            raise self.mapped(error) from error
         except SchemaError as error:
             raise type(error)(f"{self.options.path}: {error}") from error.__cause__
 
@@ -436,11 +520,17 @@ class Database:
 
     def _ensure_outside(self, thread: int) -> None:
         """Refuse a call from a signal's handler in the middle of another: its lock is taken."""
-        if thread in (self._writer, self._browser):
+        if thread not in (self._writer, self._browser):
+            return
+        if self._whole is not None:
             raise ValueError(
-                f"{self.options.path}: this thread is inside another call of the same store; a "
-                "signal's handler can't use it, only close it"
+                f"{self.options.path}: this thread is inside a transaction of the same store, "
+                "which has verbs of its own"
             )
+        raise ValueError(
+            f"{self.options.path}: this thread is inside another call of the same store; a "
+            "signal's handler, or a codec, can't use it, only close it"
+        )
 
     def _ensure_in_place(self, session: _Session, *, undecided: bool) -> None:
         if not session.identity.stands():
@@ -461,7 +551,7 @@ class Database:
             f"{self.options.busy_timeout:g} s"
         )
 
-    def _mapped(self, error: apsw.Error) -> StoreError:
+    def mapped(self, error: apsw.Error) -> StoreError:
         """Ours for apsw's."""
         path = self.options.path
         if isinstance(error, apsw.BusyError):
@@ -503,7 +593,7 @@ class Database:
         if isinstance(error, apsw.IOError) and begun:
             self._fence(session, error)
         if isinstance(error, apsw.Error):
-            raise self._mapped(error) from error
+            raise self.mapped(error) from error
         if isinstance(error, BusyError):  # at the turnstile, which doesn't know whose it is
             raise self._busy() from None
 
@@ -541,14 +631,15 @@ class Database:
 
     def _after_fork_in_child(self) -> None:
         session = self._session or self._spent
-        self._session = self._spent = None
+        self._session = self._spent = self._whole = None
+        self._writer = self._browser = None
         self._lock = threading.Lock()
         self._read_lock = threading.Lock()
         self._forked = True
         if self._inside:
             self._poison = StoreError(
                 f"{self.options.path}: the process was forked in the middle of a call of this "
-                "store, by a signal's handler; the child can't use it"
+                "store, or of a transaction; the child can't use it"
             )
         if session is not None:
             session.abandon()

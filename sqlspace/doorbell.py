@@ -9,6 +9,10 @@ of them, and processes that wait for other keys sleep on.
 In each process one of the waiting threads watches for all, and passes the role on when it leaves: a
 thread of its own for it was measured at 0.32 ms from push to pull, against 0.065.
 
+What the clock decides (an entry comes due, a lease runs out) nobody rings for, least of all a
+process that died. A waiter knows from its own look when that will be; what changes afterwards, the
+watch sees as it sees any change, and looks again at the time that it then finds.
+
 A ring is a hint; nothing depends on its arrival. Writers that don't ring (the sqlite3 shell), and
 rings that get lost, are seen by inotify: the -wal was modified, so looks at `data_version` follow,
 soon at first, then backing off while the changes are of no concern. Without inotify the same looks
@@ -33,7 +37,7 @@ from .inotify import open_inotify
 from .marks import WAITING_AT, Marks
 from .waiting import LOOK_AGAIN_SECONDS, Waiter
 
-__all__ = ["Doorbell", "forget", "room_token"]
+__all__ = ["Doorbell", "Stirring", "forget", "room_token", "turn_token", "waited_key"]
 
 _PIDS = 1 << 22  # Linux's greatest pid, and one
 # Each token's hash has a byte for each process that waits to take, then one for each that waits
@@ -49,11 +53,25 @@ _LOOK_ON_SECONDS = 2.0
 _IN_MODIFY = 0x2  # from <sys/inotify.h>
 _IN_ONESHOT = 0x80000000
 _CACHED_TOKENS = 4096
+_ROOM, _TURN = "\0", "\0\0"  # no key holds a NUL
+
+Stirring = Callable[[Iterable[str], bool], tuple[Iterable[str], float | None] | None]
+"""Called as `stirring(tokens, timed)`; see `Doorbell`."""
 
 
 def room_token(key: str) -> str:
     """What waits for entries to leave `key`; waits for entries to come have the key itself."""
-    return "\0" + key
+    return _ROOM + key
+
+
+def turn_token(key: str) -> str:
+    """For a head of `key` before which nothing is held: looked for, and never rung for."""
+    return _TURN + key
+
+
+def waited_key(token: str) -> str:
+    """The key that a token is about."""
+    return token.lstrip(_ROOM)
 
 
 class Doorbell:
@@ -63,8 +81,9 @@ class Doorbell:
         file_id: Names the file to other processes; None: there is no real -wal.
         wal: The path of the -wal.
         marks: On it.
-        stirring: Of the tokens waited for, those worth waking somebody for; looks at the file,
-            and is called by a waiting thread of this process. None if nothing has changed.
+        stirring: Of the tokens waited for, those worth waking somebody for, and the seconds until
+            the clock changes that; looks at the file, and is called by a waiting thread of this
+            process. None if nothing has changed, unless told to look all the same.
     """
 
     def __init__(
@@ -72,27 +91,31 @@ class Doorbell:
         file_id: tuple[int, int] | None,
         wal: str,
         marks: Marks,
-        stirring: Callable[[Iterable[str]], Iterable[str] | None],
+        stirring: Stirring,
     ) -> None:
         self.file_id = file_id
         self.wal = wal
         self.stirring = stirring
         self._marks = marks
         self._lock = threading.Lock()
-        self._takers: dict[str, OrderedDict[Waiter, None]] = {}
-        self._readers: dict[str, OrderedDict[Waiter, None]] = {}
+        # Each waiter with whether it waits for its turn.
+        self._takers: dict[str, OrderedDict[Waiter, bool]] = {}
+        self._readers: dict[str, OrderedDict[Waiter, bool]] = {}
         self._questions: dict[str, tuple[bytes, int]] = {}
         self._watch = _the_watch()
 
     # -- waiting
 
-    def enroll(self, waiter: Waiter, tokens: Iterable[str], *, takes: bool) -> None:
+    def enroll(
+        self, waiter: Waiter, tokens: Iterable[str], *, takes: bool, in_turn: bool = False
+    ) -> None:
         """Have `waiter` woken for these tokens. It must look once more before it parks.
 
         Args:
             waiter: Of a call that is about to park.
             tokens: Keys, or `room_token`s.
             takes: Whether it will take what it is woken for: then one of its kind is enough.
+            in_turn: Whether what is ready is of use to it only when nothing before it is held.
         """
         with self._lock:
             self._watch.attend(self)  # inside, or who dismisses the last waiter undoes it
@@ -101,7 +124,7 @@ class Doorbell:
                 if token not in kind:
                     self._marks.hold(self._mark(token, takes=takes))
                     kind[token] = OrderedDict()
-                kind[token][waiter] = None
+                kind[token][waiter] = in_turn
 
     def dismiss(self, waiter: Waiter, tokens: Iterable[str]) -> None:
         """Undo `enroll`; idempotent."""
@@ -146,7 +169,7 @@ class Doorbell:
     def wake(self, token: str, besides: Waiter | None = None) -> bool:
         """Wake who waits in this store; whether one was that takes."""
         with self._lock:
-            return self._wake(token, besides)
+            return self._wake(token.removeprefix(_TURN), besides)
 
     def _wake(self, token: str, besides: Waiter | None) -> bool:
         for waiter in self._readers.get(token, ()):
@@ -168,9 +191,21 @@ class Doorbell:
         )
 
     def tokens(self) -> list[str]:
-        """What is waited for here."""
+        """What is waited for here; a `turn_token` where all who wait want it in its turn."""
         with self._lock:
-            return list({**self._takers, **self._readers})
+            return [*self._takers, *self._read_only()]
+
+    def _read_only(self) -> list[str]:
+        """Of the tokens that only readers wait for, those to look for."""
+        found = []
+        for token, readers in self._readers.items():
+            if token in self._takers:
+                continue
+            if not all(readers.values()):
+                found.append(token)
+            elif token[0] != _ROOM:  # who leaves makes room, and a turn: that is looked for once
+                found.append(turn_token(token))
+        return found
 
     def wake_all(self) -> None:
         """Wake everybody: the store was closed, or something is wrong with it."""
@@ -228,6 +263,7 @@ class _File:
         self.look_at: float | None = None  # on the monotonic clock; None: at the next sign
         self.look_until = 0.0  # after that, only at a sign
         self.pause = _LOOK_SOON_SECONDS
+        self.timer_at: float | None = None  # when the clock changes something, as last seen
         self.number: int | None = None  # of its inotify watch, while that is armed
 
 
@@ -280,7 +316,7 @@ class _Watch:
     def _tidy(self, file: _File) -> None:
         """Forget a file that nobody waits for; an armed watch goes first, at the next change."""
         if not file.bells:
-            file.look_at = None
+            file.look_at = file.timer_at = None
             if file.number is None:
                 self._files.pop(file.name, None)
 
@@ -389,7 +425,12 @@ class _Watch:
         return max(0.0, min([ends, *looks]) - now) if now < ends else None
 
     def _planned(self) -> list[float]:
-        return [file.look_at for file in self._files.values() if file.look_at is not None]
+        return [
+            at
+            for file in self._files.values()
+            for at in (file.look_at, file.timer_at)
+            if at is not None
+        ]
 
     def _answer(self) -> None:
         """Read one ring, and pass it on."""
@@ -427,38 +468,48 @@ class _Watch:
         now = time.monotonic()
         with self._lock:
             due = self._due(now)
-        for file, bells in due:
+        for file, bells, timed in due:
             changed = stirred = False
+            times: list[float] = []
             for bell in bells:
                 try:
-                    tokens = bell.stirring(bell.tokens())
+                    found = bell.stirring(bell.tokens(), timed)
                 except SpaceError:  # who waits there shall meet it
                     bell.wake_all()
                     continue
-                changed = changed or tokens is not None
-                for token in tokens or ():
+                if found is None:
+                    continue
+                changed = True
+                tokens, ahead = found
+                for token in tokens:
                     bell.wake(token)
                     stirred = True
+                if ahead is not None:
+                    times.append(ahead)
             with self._lock:
-                self._plan_next(file, changed=changed, stirred=stirred)
+                self._plan_next(file, changed=changed, stirred=stirred, times=times)
 
-    def _due(self, now: float) -> list[tuple[_File, list[Doorbell]]]:
-        """The files to look into, and for whom; their signs are asked for before the look."""
-        due = [
-            (file, list(file.bells))
-            for file in self._files.values()
-            if file.look_at is not None and file.look_at <= now
-        ]
-        for file, bells in due:
+    def _due(self, now: float) -> list[tuple[_File, list[Doorbell], bool]]:
+        """The files to look into, for whom, and whether because of the clock.
+
+        Their signs are asked for before the look.
+        """
+        due = []
+        for file in self._files.values():
+            timed = file.timer_at is not None and file.timer_at <= now
+            if timed or (file.look_at is not None and file.look_at <= now):
+                due.append((file, list(file.bells), timed))
+        for file, bells, _ in due:
             if bells and file.number is None:
                 self._arm(file, bells[0])
         return due
 
-    def _plan_next(self, file: _File, *, changed: bool, stirred: bool) -> None:
+    def _plan_next(self, file: _File, *, changed: bool, stirred: bool, times: list[float]) -> None:
         """After a look: when the next one is due, if at all."""
         now = time.monotonic()
         if changed:
             file.look_until = now + _LOOK_ON_SECONDS
+            file.timer_at = now + min(times) if times else None
         signed = file.number is not None
         longest = _LOOK_IDLE_SECONDS if signed and not changed else _LOOK_LATE_SECONDS
         file.pause = _LOOK_SOON_SECONDS if stirred else min(file.pause * 2, longest)

@@ -105,6 +105,17 @@ def examine(connection: apsw.Connection) -> int:
     Raises:
         SchemaError: tampered with, newer than this package, or a database in UTF-16.
     """
+    if connection.in_transaction:
+        return _examine(connection)
+    connection.execute("BEGIN")  # one state, though others may be at a migration
+    try:
+        return _examine(connection)
+    finally:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+
+
+def _examine(connection: apsw.Connection) -> int:
     if connection.pragma("encoding") != "UTF-8":
         raise SchemaError("the database is in UTF-16; sqlspace needs UTF-8")
     objects = _objects(connection)

@@ -1,92 +1,44 @@
-"""Store: the verbs of the durable queue, each with its SQL beside it.
+"""Store: the verbs of the durable queue.
 
-A row of `sqlspace_entries` is an entry while its state is below 3, and a tombstone afterwards; its
-place is its seq, for ever. A pull reads the head first and then turns just that row into a
-tombstone if it still is the head: the payload is in hand before it is gone from the file, nothing
-is handed out before the commit, and an empty queue costs no write.
-
-What a verb has committed when an interrupt reaches it, it takes back: a call that raises did
-nothing.
+Each checks what it was given, and says what to do; how it is done stands in the rooms that it
+calls: `pushing`, `taking`, `browsing`, `upkeep`, and for the SQL of an entry's life `entries`.
 """
 
-import logging
 import os
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Any, Self
 
-import apsw
-
-from . import browsing, upkeep
+from . import browsing, clock, delivery, entries, opening, pushing, taking, upkeep
 from .arguments import (
-    check_headers,
+    check_callable,
+    check_flag,
     check_int,
     check_key,
     check_keys,
+    check_lease_micros,
     check_payload,
     check_size,
     check_timeout,
+    check_ttl_micros,
     kind,
 )
-from .connection import Connection, Options, run
+from .connection import Connection, Options
 from .database import Database
-from .doorbell import Doorbell, room_token
-from .errors import SpaceError, StoreError
+from .delivery import Delivery, Renewals
+from .doorbell import room_token
+from .durable import DurableSpace, dumps_json, loads_json
+from .entries import Grant, Lease
+from .errors import CanceledError, ClosedError, DeadlineError, StoreError
+from .pushing import Batch, Push
 from .records import Compaction, Entry, Stats, Tombstone
-from .space import Context
-from .waiting import Waiter, surely, wait
+from .space import Context, check_context
+from .taking import Claim, Grab
+from .transaction import Transaction
+from .waiting import Waiter
 
 __all__ = ["Store", "open", "open_existing"]
-
-log = logging.getLogger("sqlspace")
-
-INSERT = """
-INSERT INTO sqlspace_entries (key, payload, headers, pushed_at) VALUES (?, ?, ?, ?)
-"""
-SELECT_HEADS = """
-SELECT seq, key, ifnull(payload, x''), CAST(headers AS BLOB), pushed_at
-  FROM sqlspace_entries INDEXED BY sqlspace_entries_live
- WHERE key = ? AND state = 0 AND state < 3 ORDER BY seq LIMIT ?
-"""
-# RETURNING would show the row as it is afterwards, so the payload was read before; if the head has
-# changed since, this takes nothing.
-TAKE = """
-UPDATE sqlspace_entries
-   SET state = 3, payload = NULL, headers = NULL, taken_at = ?1,
-       taken_no = (SELECT ifnull(max(taken_no), 0) + 1
-                     FROM sqlspace_entries INDEXED BY sqlspace_entries_taken
-                    WHERE taken_no IS NOT NULL)
- WHERE seq = ?2
-   AND seq = (SELECT seq FROM sqlspace_entries INDEXED BY sqlspace_entries_live
-               WHERE key = ?3 AND state = 0 AND state < 3 ORDER BY seq LIMIT 1)
-"""
-TAKE_ONE_OF_MANY = """
-UPDATE sqlspace_entries
-   SET state = 3, payload = NULL, headers = NULL, taken_at = ?, taken_no = ?
- WHERE seq = ?
-"""
-# The tombstone may have been pruned since.
-PUT_BACK = """
-INSERT INTO sqlspace_entries (seq, key, payload, headers, pushed_at)
-VALUES (?, ?, ?, CAST(? AS TEXT), ?)
-ON CONFLICT (seq) DO UPDATE SET state = 0, payload = excluded.payload, headers = excluded.headers,
-                                taken_at = NULL, taken_no = NULL
- WHERE state = 3
-"""
-DELETE_EARLIER = """
-DELETE FROM sqlspace_entries WHERE seq IN (
-  SELECT seq FROM sqlspace_entries INDEXED BY sqlspace_entries_live
-   WHERE key = ?1 AND state < 3) AND seq < ?2
-"""
-
-_NO_SEQ = (1 << 62) + 1  # beyond those that a row can have
-_LONGEST_BUSY_SECONDS = 1_000_000.0  # SQLite counts them in milliseconds, as an int
-
-
-Head = tuple[int, str, bytes, bytes | None, int]
-"""An entry as it was read before it was taken: seq, key, payload, headers, pushed_at."""
 
 
 class Store:
@@ -95,6 +47,10 @@ class Store:
     Any number of threads may use one Store, and any number of processes may open the same file.
     A Store that was open when the process forked opens anew in the child; one that is pickled opens
     where it is unpickled.
+
+    What an entry is follows from its row and the clock: expired, else leased, else delayed, else
+    ready. Verbs that take see ready entries only. Its place is its seq, always: one that was given
+    back, or has come due at last, stands there again.
 
     Attributes:
         path: Of the file, absolute and resolved.
@@ -105,10 +61,23 @@ class Store:
         self.path = options.path
         self.sync = options.sync
         self._database = Database(options, browsing.stirring)
+        self._renewals = Renewals(self._database)
 
     # -- pushing
 
-    def push(self, key: str, payload: bytes, *, headers: dict[str, str] | None = None) -> int:
+    def push(
+        self,
+        key: str,
+        payload: bytes,
+        *,
+        ttl: float | None = None,
+        delay: float | None = None,
+        dedupe: str | None = None,
+        headers: dict[str, str] | None = None,
+        max_len: int | None = None,
+        timeout: float | None = None,
+        context: Context | None = None,
+    ) -> int:
         """Add an entry behind all others of `key`.
 
         When this returns the entry is committed, with sync=True on the disk: a power cut leaves it
@@ -117,40 +86,55 @@ class Store:
         Args:
             key: 1 to 1,024 bytes in UTF-8, no NUL.
             payload: Bytes-like; copied. At most 1,000,000,000 bytes less the rest of its row.
+            ttl: Seconds from now until the entry is gone if nobody takes it; not while it is
+                leased. None or infinity: never.
+            delay: Seconds from now until it is ready; less than ttl. It keeps its place meanwhile.
+            dedupe: With the rules of a key. If an entry of `key` has the same one, live or in the
+                history, its seq is returned and nothing is added.
             headers: Kept with the entry, and readable without its payload.
+            max_len: Wait until `key` holds fewer live entries than that.
+            timeout: Seconds to wait for room; only with max_len. 0: don't.
+            context: Another bound on that wait; only with max_len.
 
         Returns:
             The entry's seq: it grows over the whole file and is never used twice.
 
         Raises:
-            ClosedError, StoreError: the entry was not added, unless it is an UndecidedError.
+            ClosedError, CanceledError, DeadlineError: asked for in this order; nothing was added.
+            StoreError: the entry was not added, unless it is an UndecidedError.
         """
-        key, payload = check_key(key), check_payload(payload)
-        text = None if headers is None else check_headers(headers)
-        check_size(key, payload, text)
-        done: list[Any] = []
-        seq = 0
+        wanted = Push.checked(
+            key,
+            payload,
+            headers=headers,
+            ttl=ttl,
+            delay=delay,
+            dedupe=dedupe,
+            max_len=max_len,
+        )
+        if max_len is not None:
+            return pushing.push_when_room(self._database, wanted, timeout, context)
+        if timeout is not None or context is not None:
+            check_timeout(timeout)
+            check_context(context)
+            raise ValueError("timeout and context bound the wait for room: they need max_len")
+        return pushing.push(self._database, wanted)
 
-        def step(connection: Connection) -> Iterable[str]:
-            nonlocal seq
-            run(done, connection, INSERT, (key, payload, text, _now()))
-            seq = connection.last_insert_rowid()
-            return (key,)
-
-        def undo(connection: Connection) -> None:
-            if done:
-                upkeep.erase(connection, key, seq or connection.last_insert_rowid())
-                done.clear()
-
-        self._database.write(step, undo=undo)
-        return seq
-
-    def push_many(self, key: str, payloads: Iterable[bytes]) -> list[int]:
+    def push_many(
+        self,
+        key: str,
+        payloads: Iterable[bytes],
+        *,
+        ttl: float | None = None,
+        delay: float | None = None,
+    ) -> list[int]:
         """Add one entry for each payload, in one transaction: all of them, or none.
 
         Args:
             key: As in `push`.
             payloads: Bytes-likes, as in `push`; all are checked before the first is added.
+            ttl: As in `push`, of each.
+            delay: As in `push`, of each.
 
         Returns:
             Their seqs, in the order of the payloads.
@@ -158,48 +142,18 @@ class Store:
         Raises:
             ClosedError, StoreError: as `push`.
         """
-        key = check_key(key)
-        if isinstance(payloads, bytes | bytearray | memoryview | str):
-            raise TypeError(f"payloads must be an iterable of bytes-like, not {kind(payloads)}")
-        try:
-            iterator = iter(payloads)
-        except TypeError:
-            raise TypeError(
-                f"payloads must be an iterable of bytes-like, not {kind(payloads)}"
-            ) from None
-        checked = []
-        for index, payload in enumerate(iterator):
-            argument = f"payloads[{index}]"
-            checked.append(check_payload(payload, argument))
-            check_size(key, checked[-1], None, argument)
-        seqs: list[int] = []
+        return pushing.push_many(self._database, Batch.checked(key, payloads, ttl, delay))
 
-        def step(connection: Connection) -> Iterable[str]:
-            now = _now()
-            connection.executemany(INSERT, ((key, payload, None, now) for payload in checked))
-            # Nobody else writes in between, so they follow each other.
-            last = connection.last_insert_rowid()
-            seqs[:] = range(last - len(checked) + 1, last + 1)
-            return (key,)
-
-        def undo(connection: Connection) -> None:
-            for seq in reversed(seqs):
-                upkeep.erase(connection, key, seq)
-
-        if checked:
-            self._database.transact(step, undo=undo)
-        else:
-            self._database.ensure_open()
-        return seqs
-
-    def put(self, key: str, payload: bytes) -> int:
+    def put(self, key: str, payload: bytes, *, ttl: float | None = None) -> int:
         """Make `payload` the one entry of `key`, in place of all that it held, in one transaction.
 
-        What it replaces leaves no tombstone.
+        What it replaces leaves no tombstone: ready, delayed and leased entries alike. A worker that
+        holds one of those gets `LeaseError` when it settles.
 
         Args:
             key: As in `push`.
             payload: As in `push`.
+            ttl: As in `push`.
 
         Returns:
             The new entry's seq.
@@ -208,15 +162,14 @@ class Store:
             ClosedError, StoreError: nothing changed, unless it is an UndecidedError.
         """
         key, payload = check_key(key), check_payload(payload)
+        ttl_micros = check_ttl_micros(ttl)
         check_size(key, payload, None)
         seq = 0
 
         def step(connection: Connection) -> Iterable[str]:
             nonlocal seq
-            connection.execute(INSERT, (key, payload, None, _now()))
-            seq = connection.last_insert_rowid()
-            connection.execute(DELETE_EARLIER, (key, seq))
-            return key, room_token(key)
+            seq, rings = entries.put(connection, key, payload, clock.now(), ttl_micros)
+            return rings
 
         self._database.transact(step)
         return seq
@@ -229,7 +182,8 @@ class Store:
         """Take the head of `key` and return its payload, waiting for one.
 
         At most once: the tombstone is committed before the payload is returned, so no crash brings
-        it back; a process that is killed inside the call may have consumed its entry.
+        it back; a process that is killed inside the call may have consumed its entry. `claim` is
+        the form for work that must come back then.
 
         Args:
             key: Of the entry.
@@ -243,10 +197,10 @@ class Store:
         keys = [check_key(key)]
         if context is None and (timeout is None or check_timeout(timeout)):
             # There mostly is one, and then there is nothing to wait for.
-            taken = self._take(keys)
-            if taken is not None:
-                return taken[2]
-        return self._wait_and_take(keys, timeout, context)[2]
+            grab = Grab(self._database, keys)
+            if grab.run():
+                return grab.head.payload
+        return self._wait_and_take(keys, timeout, context).head.payload
 
     def pull_any(
         self, keys: Iterable[str], timeout: float | None = None, *, context: Context | None = None
@@ -256,13 +210,13 @@ class Store:
         Returns:
             The key, and the payload taken from it.
         """
-        taken = self._wait_and_take(check_keys(keys), timeout, context)
-        return taken[1], taken[2]
+        taken = self._wait_and_take(check_keys(keys), timeout, context).head
+        return taken.key, taken.payload
 
     def pullp(self, key: str) -> bytes | None:
         """Take the head of `key`, or return None; never waits for one. Otherwise as `pull`."""
-        taken = self._take([check_key(key)])
-        return None if taken is None else taken[2]
+        grab = Grab(self._database, [check_key(key)])
+        return grab.head.payload if grab.run() else None
 
     def pull_many(self, key: str, limit: int) -> list[bytes]:
         """Take up to `limit` entries of `key` from its head, in one transaction; never waits.
@@ -278,46 +232,24 @@ class Store:
             ClosedError, StoreError: as `pull`.
         """
         key = check_key(key)
-        limit = min(check_int(limit, "limit", 1), 1 << 62)
-        heads: list[Head] = []
-        payloads: list[bytes] = []
-        back: list[Any] = []  # one for each that was put back
-
-        def step(connection: Connection) -> Iterable[str]:
-            heads[:] = _select_heads(connection, key, limit)
-            payloads[:] = [head[2] for head in heads]  # here, within reach of undo
-            now = _now()
-            last: Any = connection.execute(upkeep.SELECT_LAST_TAKEN).get
-            connection.executemany(
-                TAKE_ONE_OF_MANY,
-                [(now, last + number, head[0]) for number, head in enumerate(heads, 1)],
-            )
-            upkeep.prune(connection, self._database.history(), len(heads) + upkeep.PRUNE_ROWS)
-            return (room_token(key),)
-
-        def undo(connection: Connection) -> None:
-            for head in heads[len(back) :]:
-                run(back, connection, PUT_BACK, head)
-
-        def probe(connection: Connection) -> bool:
-            return bool(connection.execute(browsing.SELECT_READY, (key,)).fetchall())
-
-        self._database.transact(step, probe=probe, undo=undo)
-        return payloads
+        return taking.pull_many(self._database, key, _checked_limit(limit))
 
     def remove(self, key: str, seq: int) -> bool:
-        """Delete one live entry; it leaves no tombstone. Whether it was there.
+        """Delete one live entry, ready, delayed or leased; it leaves no tombstone.
 
         Args:
             key: Of the entry.
             seq: As `push` returned it.
+
+        Returns:
+            Whether it was there.
         """
-        key, seq = check_key(key), min(check_int(seq, "seq", 1), _NO_SEQ)
+        key, seq = check_key(key), min(check_int(seq, "seq", 1), entries.NO_SEQ)
         removed = False
 
         def step(connection: Connection) -> Iterable[str]:
             nonlocal removed
-            removed = upkeep.erase(connection, key, seq)
+            removed = entries.remove(connection, key, seq, clock.now())
             return (room_token(key),) if removed else ()
 
         self._database.transact(step)
@@ -326,17 +258,184 @@ class Store:
     def clear(self, key: str) -> int:
         """Delete all live entries of `key`; they leave no tombstones. How many there were."""
         key = check_key(key)
-        before: Any = 0
+        held = 0
 
         def step(connection: Connection) -> Iterable[str]:
-            nonlocal before
-            before = connection.execute(browsing.COUNT, (key,)).get
-            if before:
-                upkeep.erase_key(connection, key)
-            return (room_token(key),)
+            nonlocal held
+            held, rings = entries.clear(connection, key, clock.now())
+            return rings
 
         self._database.transact(step)
-        return int(before)
+        return held
+
+    # -- claiming
+
+    def claim(
+        self,
+        key_or_keys: str | Iterable[str],
+        timeout: float | None = None,
+        *,
+        lease: float = 30.0,
+        max_attempts: int | None = None,
+        ordered: bool = False,
+        context: Context | None = None,
+    ) -> Delivery:
+        """Lease the head of the first listed key that has one ready, waiting for one.
+
+        At least once: the entry stays in the file until it is acked. When the lease ends first, by
+        a crash or because the work takes too long, or when it is given back, it is ready again at
+        its old place.
+
+        Args:
+            key_or_keys: One key, or several in the order of preference.
+            timeout: As in `pull`.
+            lease: Seconds; as a context manager the delivery renews it by itself.
+            max_attempts: The entry goes to the dead letters, KEY/dead, when so many claims have
+                come to nothing; the number that its last claim gave counts. None: never.
+            ordered: Strictly in order also when entries come back: none of a key, while an earlier
+                one of it is leased or waits out the delay of a `nack`. It binds those who say it.
+            context: Another bound on the wait.
+
+        Raises:
+            ClosedError, CanceledError, DeadlineError: asked for in this order; nothing was leased.
+            StoreError: nothing was leased, unless it is an UndecidedError.
+        """
+        keys = _checked_keys(key_or_keys)
+        wanted = _checked_lease(keys, lease, max_attempts, ordered)
+        claim = taking.wait_and_grab(
+            lambda waiter: Claim(self._database, keys, wanted, self._deliver, waiter),
+            keys,
+            timeout,
+            context,
+            in_turn=ordered,
+        )
+        return claim.delivery
+
+    def claimp(
+        self,
+        key_or_keys: str | Iterable[str],
+        *,
+        lease: float = 30.0,
+        max_attempts: int | None = None,
+        ordered: bool = False,
+    ) -> Delivery | None:
+        """As `claim`, or None if no entry is ready; never waits for one."""
+        keys = _checked_keys(key_or_keys)
+        wanted = _checked_lease(keys, lease, max_attempts, ordered)
+        claim = Claim(self._database, keys, wanted, self._deliver)
+        return claim.delivery if claim.run() else None
+
+    def claim_many(
+        self,
+        key_or_keys: str | Iterable[str],
+        limit: int,
+        *,
+        lease: float = 30.0,
+        max_attempts: int | None = None,
+    ) -> list[Delivery]:
+        """Lease up to `limit` entries, of the first listed key first, in one transaction.
+
+        Never waits; otherwise as `claim`. Fewer, or none, if there aren't so many.
+        """
+        keys = _checked_keys(key_or_keys)
+        limit = _checked_limit(limit)
+        wanted = _checked_lease(keys, lease, max_attempts, ordered=False)
+        return taking.claim_many(self._database, keys, limit, wanted, self._deliver)
+
+    def consume(
+        self,
+        key_or_keys: str | Iterable[str],
+        *,
+        lease: float = 30.0,
+        max_attempts: int | None = None,
+        ordered: bool = False,
+        context: Context | None = None,
+    ) -> Iterator[Delivery]:
+        """Claim one entry after the other, until the store is closed or the context ends.
+
+        Each is the caller's to settle, so the loop's first line is mostly `with delivery:`.
+        """
+        keys = _checked_keys(key_or_keys)
+        _checked_lease(keys, lease, max_attempts, ordered)
+        check_context(context)
+
+        def deliveries() -> Iterator[Delivery]:
+            while True:
+                try:
+                    claimed = self.claim(
+                        keys,
+                        lease=lease,
+                        max_attempts=max_attempts,
+                        ordered=ordered,
+                        context=context,
+                    )
+                except (ClosedError, CanceledError, DeadlineError):
+                    return
+                yield claimed
+
+        return deliveries()
+
+    def ack_many(self, deliveries: Iterable[Delivery]) -> None:
+        """Ack all of these, in one transaction: all of them, or none.
+
+        Raises:
+            LeaseError: One of them is settled, or its lease is lost; nothing changed.
+            ClosedError, StoreError: as `Delivery.ack`.
+        """
+        if isinstance(deliveries, Delivery) or not isinstance(deliveries, Iterable):
+            wanted = "an iterable of sqlspace.Delivery"
+            raise TypeError(f"deliveries must be {wanted}, not {kind(deliveries)}")
+        delivery.ack_many(self, self._database, list(deliveries))
+
+    def requeue(self, key: str) -> int:
+        """Move the dead letters of `key` back to where they came from; how many.
+
+        Those that stand ready under KEY/dead go to the end of the key that each came from, as new
+        entries with their own headers and no attempts, a thousand in a transaction.
+        """
+        key = check_key(key)
+        total = 0
+        moved = entries.BATCH_ROWS
+
+        def step(connection: Connection) -> Iterable[str]:
+            nonlocal moved
+            moved, rings = entries.requeue(connection, key, clock.now(), entries.BATCH_ROWS)
+            return rings
+
+        while moved == entries.BATCH_ROWS:
+            self._database.transact(step)
+            total += moved
+        return total
+
+    # -- together
+
+    def transaction(self) -> Transaction:
+        """Several verbs in one commit: all of them, or none.
+
+            with store.transaction() as together:
+                together.push("invoices", payload)
+                together.ack(order)
+
+        It belongs to the calling thread, which can't use the store itself meanwhile (ValueError);
+        others that write wait. An exception rolls all back; waiters are woken after the commit.
+        """
+        return Transaction(self, self._database)
+
+    def space(
+        self,
+        *,
+        dumps: Callable[[Any], bytes] = dumps_json,
+        loads: Callable[[bytes], Any] = loads_json,
+    ) -> DurableSpace:
+        """The `Space` protocol over this store.
+
+        Args:
+            dumps: Encodes a value; JSON unless told otherwise.
+            loads: Decodes it. What it raises makes a DecodeError; it may not use this store.
+        """
+        check_callable(dumps, "dumps")
+        check_callable(loads, "loads")
+        return DurableSpace(self, self._database, dumps, loads)
 
     # -- waiting without taking
 
@@ -362,11 +461,12 @@ class Store:
     # -- looking
 
     def peek(self, key: str) -> bytes | None:
-        """The payload of the head of `key`, left where it is; None if there is none."""
-        return browsing.head(self._database, check_key(key))
+        """What a pull of `key` would take, left where it is; None if there is none."""
+        found = browsing.head(self._database, check_key(key))
+        return None if found is None else found[1]
 
     def len(self, key: str) -> int:
-        """How many live entries `key` holds: ready, delayed and leased."""
+        """How many live entries `key` holds: ready, delayed and leased; not the expired."""
         return browsing.count(self._database, check_key(key))
 
     def keys(self) -> list[str]:
@@ -380,17 +480,20 @@ class Store:
             key: Of the entry.
             seq: As `push` returned it.
         """
-        key, seq = check_key(key), min(check_int(seq, "seq", 1), _NO_SEQ)
+        key, seq = check_key(key), min(check_int(seq, "seq", 1), entries.NO_SEQ)
         return browsing.entry(self._database, key, seq)
 
     def entries(self, key: str) -> Iterator[Entry]:
         """All live entries of `key`, by seq, read in batches as the iterator advances."""
         key = check_key(key)
         self._database.ensure_open()
-        return browsing.entries(self._database, key)
+        return browsing.live(self._database, key)
 
     def history(self, key: str) -> Iterator[Tombstone]:
-        """What was taken from `key` and is still in the history, oldest taking first."""
+        """What was taken from `key` and is still in the history, oldest taking first.
+
+        What has expired or died is taken when the next verb comes by that has to do with it.
+        """
         key = check_key(key)
         self._database.ensure_open()
         return browsing.history(self._database, key)
@@ -420,7 +523,7 @@ class Store:
         Raises:
             StoreError: it is there, or can't be written; what was begun is removed.
         """
-        target = _check_path(path)
+        target = opening.check_path(path)
         self._database.ensure_open()
         try:
             descriptor = os.open(target, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
@@ -463,88 +566,17 @@ class Store:
         state = "closed " if self._database.closed else ""
         return f"<{state}sqlspace.Store {self.path!r}>"
 
-    # -- how a verb takes and waits
-
-    def _take(self, keys: list[str], waiter: Waiter | None = None) -> Head | None:
-        """Take the head of the first of `keys` that has one ready."""
-        database = self._database
-        heads: list[Head] = []
-        done: list[Any] = []  # not empty once TAKE has run
-        back: list[Any] = []  # and once PUT_BACK has: run twice, it would double what others took
-        taken = False
-
-        def probe(connection: Connection) -> bool:
-            for key in keys:
-                heads[:] = _select_heads(connection, key, 1)
-                if heads:
-                    return True
-            return False
-
-        def step(connection: Connection) -> Iterable[str]:
-            nonlocal taken
-            while not taken:
-                seq, key, *_ = heads[0]
-                run(done, connection, TAKE, (_now(), seq, key))
-                taken = bool(connection.changes())
-                if not taken:  # others were faster
-                    done.clear()
-                    if not probe(connection):
-                        return ()
-            if seq % upkeep.PRUNE_EVERY == 0:
-                try:
-                    upkeep.prune(connection, database.history())
-                except apsw.Error:  # the entry is taken; the next prune does it
-                    log.warning("%s: pruning the history failed", self.path, exc_info=True)
-            if (
-                waiter is not None
-                and database.bell.awaited(key, waiter)
-                and connection.execute(browsing.SELECT_READY, (key,)).fetchall()
-            ):
-                # One ring wakes one taker: there is more, so this one wakes the next.
-                return room_token(key), key
-            return (room_token(key),)
-
-        def undo(connection: Connection) -> None:
-            if not back and (taken or (done and connection.changes())):
-                run(back, connection, PUT_BACK, heads[0])
-
-        database.write(step, probe=probe, undo=undo, besides=waiter)
-        return heads[0] if taken else None
-
-    def _put_back(self, head: Head, back: list[Any] | None = None) -> None:
-        """Restore an entry that was taken by a call that raises.
-
-        Args:
-            head: The entry.
-            back: Not empty once that is done; for those who may have to say it again.
-        """
-        back = [] if back is None else back
-
-        def step(connection: Connection) -> Iterable[str]:
-            if not back:
-                run(back, connection, PUT_BACK, head)
-            return (head[1],)
-
-        try:
-            surely(lambda: self._database.write(step))
-        except SpaceError:
-            log.exception("%s: entry %d could not be put back", self.path, head[0])
+    # -- what several verbs share
 
     def _wait_and_take(
         self, keys: list[str], timeout: float | None, context: Context | None
-    ) -> Head:
-        def look(waiter: Waiter, enrolled: bool) -> None:
-            taken = self._take(keys, waiter if enrolled else None)
-            if taken is not None:
-                waiter.found = taken
+    ) -> Grab:
+        return taking.wait_and_grab(
+            lambda waiter: Grab(self._database, keys, waiter), keys, timeout, context
+        )
 
-        back: list[Any] = []
-
-        def restore(waiter: Waiter) -> None:
-            self._put_back(waiter.found, back)
-
-        found: Head = self._wait(look, keys, timeout, context, restore)
-        return found
+    def _deliver(self, grant: Grant) -> Delivery:
+        return Delivery(self, self._renewals, grant)
 
     def _wait_until(
         self, token: str, met: Callable[[], bool], timeout: float | None, context: Context | None
@@ -553,46 +585,7 @@ class Store:
             if met():
                 waiter.found = None
 
-        self._wait(look, [token], timeout, context, None)
-
-    def _wait(
-        self,
-        look: Callable[[Waiter, bool], None],
-        tokens: list[str],
-        timeout: float | None,
-        context: Context | None,
-        restore: Callable[[Waiter], None] | None,
-    ) -> Any:
-        """Wait at the doorbell; who can restore is one that takes."""
-        bell: Doorbell | None = None
-
-        def park(waiter: Waiter, seconds: float) -> None:
-            self._database.bell.park(waiter, seconds)
-
-        def look_enrolled(waiter: Waiter, enroll: bool) -> None:
-            nonlocal bell
-            if enroll and bell is None:
-                bell = self._database.bell
-                bell.enroll(waiter, tokens, takes=restore is not None)
-            look(waiter, enroll)
-
-        def leave(waiter: Waiter) -> None:
-            if bell is None:
-                return
-            bell.dismiss(waiter, tokens)
-            if waiter.park(0):  # rung once more, in vain: that ring is another's
-                for token in tokens:
-                    bell.ring(token)
-
-        return wait(
-            look_enrolled,
-            leave=leave,
-            restore=restore or (lambda _: None),
-            ensure_open=self._database.ensure_open,
-            timeout=timeout,
-            context=context,
-            park=park,
-        )
+        taking.wait_for(self._database, look, [token], timeout, context)
 
 
 def open(
@@ -630,7 +623,7 @@ def open(
             by one byte.
     """
     return Store(
-        _options(
+        opening.options(
             path,
             sync=sync,
             history=history,
@@ -649,7 +642,7 @@ def open_existing(
 ) -> Store:
     """As `open`, for a command line that looks: StoreError if there is no store, and none made."""
     return Store(
-        _options(
+        opening.options(
             path,
             sync=True,
             history=history,
@@ -663,80 +656,28 @@ def open_existing(
     )
 
 
-def _options(
-    path: object,
-    *,
-    sync: bool,
-    history: int | None,
-    embed: bool,
-    mode: int,
-    busy_timeout: float,
-    allow_network: bool,
-    vfs: str | None,
-    create: bool,
-) -> Options:
-    """What the caller wants, checked."""
-    if history is not None:
-        history = min(check_int(history, "history", 0), 1 << 53)
-    check_int(mode, "mode", 0)
-    if mode > 0o777 or mode & 0o600 != 0o600:
-        raise ValueError(f"mode must let the owner read and write, at most 0o777, not {mode:#o}")
-    seconds = check_timeout(busy_timeout, "busy_timeout")
-    if busy_timeout is None:
-        raise TypeError("busy_timeout must be seconds as a number, not None")
-    if vfs is not None:
-        if not isinstance(vfs, str):
-            raise TypeError(f"vfs must be str or None, not {kind(vfs)}")
-        if vfs not in apsw.vfs_names():
-            raise ValueError(f"vfs must name a VFS that is registered, not {vfs!a}")
-    return Options(
-        path=_check_path(path),
-        sync=_check_bool(sync, "sync"),
-        history=history,
-        embed=_check_bool(embed, "embed"),
-        mode=mode,
-        busy_timeout=min(
-            _LONGEST_BUSY_SECONDS if seconds is None else seconds, _LONGEST_BUSY_SECONDS
-        ),
-        allow_network=_check_bool(allow_network, "allow_network"),
-        vfs=vfs,
-        create=create,
-    )
+def _checked_keys(key_or_keys: object) -> list[str]:
+    """One key, or several."""
+    if isinstance(key_or_keys, str):
+        return [check_key(key_or_keys, "key_or_keys")]
+    return check_keys(key_or_keys, "key_or_keys")
 
 
-def _now() -> int:
-    """Unix time in microseconds, as the file has it."""
-    return time.time_ns() // 1000
+def _checked_limit(limit: object) -> int:
+    return min(check_int(limit, "limit", 1), 1 << 62)
 
 
-def _select_heads(connection: Connection, key: str, limit: int) -> list[Head]:
-    """The first entries of `key` that can be taken."""
-    rows: list[Any] = connection.execute(SELECT_HEADS, (key, limit)).fetchall()
-    return rows
-
-
-def _check_bool(value: object, argument: str) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"{argument} must be bool, not {kind(value)}")
-    return value
-
-
-def _check_path(path: object) -> str:
-    """An absolute path, symbolic links resolved."""
-    if not isinstance(path, str | os.PathLike):
-        raise TypeError(f"path must be str or os.PathLike, not {kind(path)}")
-    text = os.fspath(path)
-    if not isinstance(text, str):
-        raise TypeError(f"path must be a path of str, not of {kind(text)}")
-    if text in ("", ":memory:"):
-        raise ValueError(f"path must name a file, not {text!r}; in memory there is sqlspace.Local")
-    if "\0" in text:
-        raise ValueError(f"path must not hold a NUL character: {text!a}")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"path holds a lone surrogate: {text!a}") from None
-    try:
-        return os.path.realpath(text)
-    except OSError as error:
-        raise StoreError(f"{text}: {error.strerror}") from error
+def _checked_lease(keys: list[str], lease: object, max_attempts: object, ordered: object) -> Lease:
+    """What a claim wants."""
+    micros = check_lease_micros(lease)
+    flag = check_flag(ordered, "ordered")
+    if max_attempts is None:
+        return Lease(micros, None, flag)
+    attempts = min(check_int(max_attempts, "max_attempts", 1), entries.NO_SEQ)
+    for key in keys:
+        if entries.dead_key(key) is None:
+            raise ValueError(
+                f"max_attempts needs a key of at most {entries.LONGEST_WITH_DEAD:,} bytes, since "
+                f"its dead letters stand under KEY/dead: {key[:20]!a}…"
+            )
+    return Lease(micros, attempts, flag)

@@ -73,9 +73,9 @@ deaf(*filter(None, argv[1].split(",")))
 store = sqlspace.open(argv[0], sync=False)
 looks = []
 stirring = store._database.bell.stirring
-def look(tokens):
+def look(tokens, timed):
     looks.append(tokens)
-    return stirring(tokens)
+    return stirring(tokens, timed)
 store._database.bell.stirring = look
 def run():
     found = eval(argv[2])
@@ -170,7 +170,7 @@ def test_an_idle_waiter_costs_nothing(store, path, child, verb):
             return until_look(watch, ends)
         doorbell._Watch._until_look = counted
         stirring = store._database.bell.stirring
-        store._database.bell.stirring = lambda tokens: looks.append(tokens) or stirring(tokens)
+        store._database.bell.stirring = lambda *words: looks.append(words) or stirring(*words)
         context = sqlspace.Context()
         def run():
             try:
@@ -945,8 +945,8 @@ def test_the_bell_without_a_file_to_watch_still_wakes(path):
     """With neither descriptor nor id (a vfs of memory) waits in one process work all the same."""
     changes = []
 
-    def stirring(tokens):
-        return list(tokens) if changes else None
+    def stirring(tokens, timed):
+        return (list(tokens), None) if changes else None
 
     bell = Doorbell(None, path + "-wal", Marks(None), stirring)
     waiter = Waiter()

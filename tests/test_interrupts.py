@@ -8,7 +8,10 @@ import types
 import pytest
 
 # Those that hold locks in a caller's thread.
-MODULES = ["local", "waiting", "store", "database", "doorbell", "identity"]
+MODULES = [
+    *("local", "waiting", "store", "database", "doorbell", "identity"),
+    *("taking", "pushing", "delivery", "transaction", "durable"),
+]
 
 
 def codes(code):

@@ -98,7 +98,7 @@ def block(monkeypatch) -> Callable[..., Call]:
     # No wait looks again by itself, so that a lost wake-up isn't healed.
     monkeypatch.setattr("sqlspace.waiting.LOOK_AGAIN_SECONDS", 3600.0)
     monkeypatch.setattr("sqlspace.local.wait", watched)
-    monkeypatch.setattr("sqlspace.store.wait", watched)
+    monkeypatch.setattr("sqlspace.taking.wait", watched)
 
     def block(verb: Callable[..., Any], *args: Any, **bounds: Any) -> Call:
         call = Call(verb, *args, **bounds)

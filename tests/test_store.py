@@ -15,6 +15,7 @@ import pytest
 
 import sqlspace
 from sqlspace import browsing, upkeep
+from sqlspace.taking import Grab
 
 
 @pytest.fixture
@@ -535,12 +536,12 @@ def test_opening_and_closing_leaves_no_descriptor_and_no_thread(path):
 def test_putting_back_twice_does_not_double_what_others_took_meanwhile(store, path):
     """What an interrupt cuts off is said again: the second time must change nothing."""
     seq = store.push("a", b"1")
-    head = store._take(["a"])
-    back = []
-    store._put_back(head, back)
+    grab = Grab(store._database, ["a"])
+    assert grab.run()
+    grab.restore()
     with sqlspace.open(path, sync=False) as other:
         assert other.pull("a") == b"1"
-    store._put_back(head, back)
+    grab.restore()
     assert store.pullp("a") is None
     assert [stone.seq for stone in store.history("a")] == [seq]
 

@@ -1,0 +1,407 @@
+"""Leases: an entry that was handed out, and comes back unless it is settled in time.
+
+A token stands in the row for as long as the lease does, and every settling asks for it: a worker
+that was frozen past its lease can't settle its successor's work. Whether a lease holds is decided
+by its row and the clock, so it is lost when its time is over, taken over or not.
+"""
+
+import atexit
+import functools
+import logging
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from . import clock, entries, taking, upkeep
+from .arguments import check_delay_micros, check_lease_micros, kind
+from .connection import Connection
+from .database import Database
+from .doorbell import room_token
+from .entries import Grant
+from .errors import ClosedError, LeaseError, SpaceError
+from .waiting import surely
+
+if TYPE_CHECKING:
+    from .store import Store
+
+__all__ = ["Delivery", "Renewals", "ack_many"]
+
+log = logging.getLogger("sqlspace")
+
+
+class Delivery:
+    """One claimed entry, for the one worker that holds its lease.
+
+    As a context manager it renews its lease by itself while the block runs, acks at the end of the
+    block, and nacks when an exception leaves it, KeyboardInterrupt included. After an explicit
+    `ack` or `nack` the end of the block does nothing.
+
+    Attributes:
+        key: Under which the entry stands.
+        seq: Its number there.
+        payload: As it was pushed.
+        headers: As they were pushed.
+        attempts: How often it was claimed, this time included.
+    """
+
+    __slots__ = (
+        *("key", "seq", "payload", "headers", "attempts"),
+        *("_store", "_database", "_renewals", "_grant", "_settled", "_lost", "__weakref__"),
+    )
+
+    def __init__(self, store: "Store", renewals: "Renewals", grant: Grant) -> None:
+        head = grant.head
+        self.key = head.key
+        self.seq = head.seq
+        self.payload = head.payload
+        self.headers = entries.readable_headers(head.headers)
+        self.attempts = head.attempts + 1
+        self._store = store  # which must not be closed as forgotten while a delivery is at work
+        self._database = renewals.database
+        self._renewals = renewals
+        self._grant = grant
+        self._settled = False
+        self._lost = False
+
+    @property
+    def deadline(self) -> float:
+        """When the lease ends unless it is extended, in Unix seconds."""
+        return self._grant.deadline / 1e6
+
+    @property
+    def lost(self) -> bool:
+        """Whether the lease ended before the delivery was settled: another worker may have it."""
+        return self._lost or (not self._settled and clock.now() >= self._grant.deadline)
+
+    def ack(self) -> None:
+        """The work is done: turn the entry into a tombstone, as durable as a push.
+
+        Raises:
+            LeaseError: The delivery is settled, or its lease is lost; nothing changed.
+            ClosedError, StoreError: The lease goes on, unless it is an UndecidedError.
+        """
+        done: list[Any] = []
+
+        def step(connection: Connection) -> Iterable[str]:
+            rings = self._ack_in(connection, done)
+            self._settled = True
+            if self.seq % upkeep.PRUNE_EVERY == 0:
+                rings += taking.tidy(self._database, connection)
+            return rings
+
+        def undo(connection: Connection) -> None:
+            if done:
+                entries.unack(connection, self._grant)
+                self._settled = False
+
+        self._database.write(step, undo=undo)
+        self._renewals.discard(self)
+
+    def nack(self, delay: float = 0.0) -> None:
+        """The work is not done: give the entry back to its old place, for the next claim.
+
+        If this was its last attempt it goes to the dead letters instead; if its time to live is
+        over, it expires. Cut off by Ctrl-C, it may have happened all the same.
+
+        Args:
+            delay: Seconds until it is ready again.
+
+        Raises:
+            LeaseError, ClosedError, StoreError: as `ack`.
+        """
+        micros = check_delay_micros(delay, None)
+        self._settle_by(lambda connection: self._nack_in(connection, micros))
+
+    def extend(self, lease: float) -> None:
+        """Have the lease end `lease` seconds from now, sooner or later than it would have.
+
+        Raises:
+            LeaseError, ClosedError, StoreError: as `ack`.
+        """
+        micros = check_lease_micros(lease)
+
+        def step(connection: Connection) -> Iterable[str]:
+            self._extend_in(connection, micros)
+            return ()
+
+        self._database.write(step)
+        self._renewals.reschedule(self)
+
+    def __enter__(self) -> Self:
+        try:
+            self._renewals.add(self)
+        except BaseException:
+            surely(lambda: self._renewals.discard(self))
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if self._settled:
+                return
+            if error is None:
+                self.ack()
+            else:
+                self._nack_quietly()
+        finally:
+            self._renewals.discard(self)
+
+    def __repr__(self) -> str:
+        state = "settled " if self._settled else "lost " if self.lost else ""
+        return f"<{state}sqlspace.Delivery {self.seq} of {self.key!a}, attempt {self.attempts}>"
+
+    def _nack_quietly(self) -> None:
+        """Give it back; what fails then must not hide the exception that the block ends with."""
+        try:
+            self.nack()
+        except SpaceError as error:
+            log.warning("entry %d of %a could not be given back: %s", self.seq, self.key, error)
+
+    def _settle_by(self, step: Callable[[Connection], list[str]]) -> None:
+        """Settle in one transaction, out of the renewals' sight."""
+        self._ensure_unsettled()
+        try:
+            self._database.transact(functools.partial(self._marked, step))
+        except BaseException:
+            self._settled = False
+            raise
+        self._renewals.discard(self)
+
+    def _marked(self, step: Callable[[Connection], list[str]], connection: Connection) -> list[str]:
+        rings = step(connection)
+        self._settled = True
+        return rings
+
+    # -- inside a write, of a transaction too
+
+    def _ack_in(self, connection: Connection, done: list[Any]) -> list[str]:
+        self._ensure_unsettled()
+        entries.ack(done, connection, self.seq, self._grant.token, clock.now())
+        if not connection.changes():
+            done.clear()
+            raise self._gone()
+        return [room_token(self.key)]
+
+    def _nack_in(self, connection: Connection, delay: int) -> list[str]:
+        self._ensure_unsettled()
+        rings = entries.nack(connection, self.seq, self._grant.token, clock.now(), delay)
+        if rings is None:
+            raise self._gone()
+        return rings
+
+    def _extend_in(self, connection: Connection, micros: int) -> None:
+        self._ensure_unsettled()
+        now = clock.now()
+        if not entries.extend(connection, self.seq, self._grant.token, now, micros):
+            raise self._gone()
+        self._grant = self._grant._replace(micros=micros, deadline=now + micros)
+
+    def _settle(self) -> None:
+        """Its settling was committed."""
+        self._settled = True
+        self._renewals.discard(self)
+
+    def _ensure_of(self, store: "Store") -> None:
+        if self._store is not store:
+            raise ValueError(f"the delivery belongs to another store than {store!r}: {self!r}")
+
+    def _ensure_unsettled(self) -> None:
+        if self._settled:
+            raise LeaseError(f"entry {self.seq} of {self.key!a} is settled already")
+
+    def _gone(self) -> LeaseError:
+        self._lost = True
+        return LeaseError(
+            f"the lease of entry {self.seq} of {self.key!a} is lost: its time was over, or the "
+            "entry was taken away"
+        )
+
+
+def ack_many(store: "Store", database: Database, given: Sequence[object]) -> None:
+    """Ack all of them in one transaction, or none."""
+    deliveries: list[Delivery] = []
+    for index, delivery in enumerate(given):
+        if not isinstance(delivery, Delivery):
+            argument = f"deliveries[{index}]"
+            raise TypeError(f"{argument} must be a sqlspace.Delivery, not {kind(delivery)}")
+        delivery._ensure_of(store)  # noqa: SLF001
+        deliveries.append(delivery)
+
+    def step(connection: Connection) -> Iterable[str]:
+        rings: dict[str, None] = {}
+        for delivery in deliveries:
+            rings.update(dict.fromkeys(delivery._ack_in(connection, [])))  # noqa: SLF001
+        upkeep.prune(connection, database.history(), len(deliveries) + upkeep.PRUNE_ROWS)
+        return rings
+
+    database.transact(step)
+    for delivery in deliveries:
+        delivery._settle()  # noqa: SLF001
+
+
+# -- renewing
+
+_RENEW_AT = 3  # at this part of a lease, so that one that fails can be tried again
+_RETRY_SECONDS = 1.0
+_END_SECONDS = 1.0
+
+
+class Renewals:
+    """The leases of one store that are renewed while their blocks run, by one thread.
+
+    The thread begins with the first block and ends with the last. Leases that are due at about the
+    same time are renewed in one transaction.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+        self._changed = threading.Condition(threading.Lock())
+        # When each is due, on the monotonic clock. Weak, so that a block which an interrupt kept
+        # from beginning is not renewed for ever.
+        self._due: weakref.WeakKeyDictionary[Delivery, float] = weakref.WeakKeyDictionary()
+        self._thread: threading.Thread | None = None
+        _all.add(self)
+
+    def add(self, delivery: Delivery) -> None:
+        """Renew it from now on."""
+        with self._changed:
+            self._due[delivery] = self._next(delivery)
+            if self._thread is None:
+                thread = threading.Thread(target=self._run, name="sqlspace-renewals", daemon=True)
+                thread.start()
+                self._thread = thread
+            else:
+                self._changed.notify()
+
+    def discard(self, delivery: Delivery) -> None:
+        """Renew it no more; idempotent."""
+        with self._changed:
+            if self._due.pop(delivery, None) is not None and not self._due:
+                self._changed.notify()
+
+    def reschedule(self, delivery: Delivery) -> None:
+        """Its lease has another length now."""
+        with self._changed:
+            if delivery in self._due:
+                self._due[delivery] = self._next(delivery)
+                self._changed.notify()
+
+    def _next(self, delivery: Delivery) -> float:
+        # From the claim's time: it may have lain about before its block began.
+        grant = delivery._grant  # noqa: SLF001  # they are one piece
+        lease = grant.micros / 1e6
+        left = (grant.deadline - clock.now()) / 1e6
+        return time.monotonic() + max(0.0, min(left, lease) - lease * (1 - 1 / _RENEW_AT))
+
+    def _run(self) -> None:
+        while (batch := self._wait()) is not None:
+            try:
+                self._renew(batch)
+            except ClosedError:
+                self._stop()
+            except SpaceError as error:
+                log.warning("%s: leases could not be renewed: %s", self._path(), error)
+                self._postpone(batch)
+            del batch  # while it waits, it must not be what keeps them
+
+    def _wait(self) -> list[Delivery] | None:
+        """Those that are due; None if there are none left, and then this was the thread's end."""
+        with self._changed:
+            return self._wait_inside()
+
+    def _wait_inside(self) -> list[Delivery] | None:
+        while True:
+            due = dict(self._due)
+            if not due:
+                self._thread = None
+                return None
+            now = time.monotonic()
+            first = min(due.values())
+            if first <= now:
+                return [each for each, at in due.items() if at <= now]
+            del due  # or it would keep them
+            self._changed.wait(first - now)
+
+    def _renew(self, batch: list[Delivery]) -> None:
+        lost: list[Delivery] = []
+
+        def step(connection: Connection) -> Iterable[str]:
+            for delivery in batch:
+                if delivery._settled:  # noqa: SLF001
+                    continue
+                try:
+                    delivery._extend_in(connection, delivery._grant.micros)  # noqa: SLF001
+                except LeaseError as error:
+                    log.warning("%s", error)
+                    lost.append(delivery)
+            return ()
+
+        self.database.transact(step)
+        with self._changed:
+            self._reschedule_all(batch, lost)
+
+    def _reschedule_all(self, batch: list[Delivery], lost: list[Delivery]) -> None:
+        for delivery in batch:
+            if delivery in lost:
+                self._due.pop(delivery, None)
+            elif delivery in self._due:
+                self._due[delivery] = self._next(delivery)
+
+    def _postpone(self, batch: list[Delivery]) -> None:
+        with self._changed:
+            self._put_off(batch)
+
+    def _put_off(self, batch: list[Delivery]) -> None:
+        for delivery in batch:
+            if delivery in self._due:
+                lease = delivery._grant.micros / 1e6  # noqa: SLF001
+                pause = min(_RETRY_SECONDS, lease / 10)
+                self._due[delivery] = time.monotonic() + pause
+
+    def end(self) -> None:
+        """Renew no more, and wait for the thread to end, if it does within a second."""
+        self._stop()
+        thread = self._thread
+        if thread is not None:
+            thread.join(_END_SECONDS)
+
+    def _stop(self) -> None:
+        with self._changed:
+            self._due.clear()
+            self._changed.notify()
+
+    def _path(self) -> str:
+        return self.database.options.path
+
+    def forget(self) -> None:
+        """In a forked child: the leases are the parent's to renew."""
+        self._changed = threading.Condition(threading.Lock())
+        self._due = weakref.WeakKeyDictionary()
+        self._thread = None
+
+
+_all: weakref.WeakSet[Renewals] = weakref.WeakSet()
+
+
+def _forget_all() -> None:
+    for renewals in list(_all):
+        renewals.forget()
+
+
+def _end_all() -> None:
+    """Before the interpreter takes the daemon threads' locks to the grave."""
+    for renewals in list(_all):
+        renewals.end()
+
+
+os.register_at_fork(after_in_child=_forget_all)
+atexit.register(_end_all)

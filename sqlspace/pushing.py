@@ -1,0 +1,242 @@
+"""How a store adds an entry: what the caller wants, checked once; added, or no room for it.
+
+What a call has committed when an interrupt reaches it, it takes back: a call that raises did
+nothing.
+"""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from . import clock, entries, taking, upkeep
+from .arguments import (
+    check_delay_micros,
+    check_headers,
+    check_int,
+    check_key,
+    check_payload,
+    check_payloads,
+    check_size,
+    check_ttl_micros,
+)
+from .connection import Connection, run
+from .database import Database
+from .doorbell import room_token
+from .errors import DeadlineError
+from .space import Context
+from .waiting import Waiter
+
+__all__ = ["Batch", "Push", "push", "push_many", "push_when_room"]
+
+
+class Push(NamedTuple):
+    """One entry to add. Durations in microseconds."""
+
+    key: str
+    payload: bytes
+    headers: str | None
+    ttl: int | None
+    delay: int
+    dedupe: str | None
+    max_len: int | None
+
+    @classmethod
+    def checked(
+        cls,
+        key: str,
+        payload: bytes,
+        *,
+        headers: dict[str, str] | None = None,
+        ttl: float | None = None,
+        delay: float | None = None,
+        dedupe: str | None = None,
+        max_len: int | None = None,
+    ) -> "Push":
+        """What the caller handed in; TypeError or ValueError."""
+        key, payload = check_key(key), check_payload(payload)
+        ttl_micros = check_ttl_micros(ttl)
+        text = check_headers(headers)
+        check_size(key, payload, text)
+        return cls(
+            key=key,
+            payload=payload,
+            headers=text,
+            ttl=ttl_micros,
+            delay=check_delay_micros(delay, ttl_micros),
+            dedupe=None if dedupe is None else check_key(dedupe, "dedupe"),
+            max_len=None if max_len is None else check_int(max_len, "max_len", 1),
+        )
+
+    def row(self, now: int) -> tuple[Any, ...]:
+        """That of INSERT_TIMED."""
+        return (
+            *(self.key, self.payload, self.headers, now),
+            *((1, now + self.delay, self.delay) if self.delay else (0, None, None)),
+            None if self.ttl is None else now + self.ttl,
+            self.dedupe,
+        )
+
+    def add(self, connection: Connection, keep: int | None) -> tuple[int | None, bool]:
+        """In the caller's transaction.
+
+        Args:
+            connection: For writing.
+            keep: How many tombstones the history keeps; None: all.
+
+        Returns:
+            The entry's seq, or None if there is no room; and whether it was added.
+        """
+        now = clock.now()
+        if self.dedupe is not None:
+            seq = entries.find_dedupe(connection, self.key, self.dedupe, keep, now)
+            if seq is not None:
+                return seq, False
+        if self.max_len is not None and entries.count(connection, self.key, now) >= self.max_len:
+            return None, False
+        connection.execute(entries.INSERT_TIMED, self.row(now))
+        return connection.last_insert_rowid(), True
+
+    def full(self) -> DeadlineError:
+        """What to raise if there is no room in time."""
+        return DeadlineError(f"{self.key!a} holds {self.max_len:,} entries or more already")
+
+
+class Batch(NamedTuple):
+    """Several entries to add to one key."""
+
+    key: str
+    payloads: list[bytes]
+    ttl: int | None
+    delay: int
+
+    @classmethod
+    def checked(
+        cls, key: str, payloads: Iterable[bytes], ttl: float | None, delay: float | None
+    ) -> "Batch":
+        """What the caller handed in; TypeError or ValueError, before the first is added."""
+        key = check_key(key)
+        ttl_micros = check_ttl_micros(ttl)
+        delay_micros = check_delay_micros(delay, ttl_micros)
+        return cls(key, check_payloads(key, payloads), ttl_micros, delay_micros)
+
+    def add(self, connection: Connection) -> list[int]:
+        """In the caller's transaction; their seqs."""
+        now = clock.now()
+        if self.ttl is None and not self.delay:
+            rows = ((self.key, payload, None, now) for payload in self.payloads)
+            connection.executemany(entries.INSERT, rows)
+        else:
+            like = Push(self.key, b"", None, self.ttl, self.delay, None, None).row(now)
+            timed = ((self.key, payload, *like[2:]) for payload in self.payloads)
+            connection.executemany(entries.INSERT_TIMED, timed)
+        # Nobody else writes in between, so they follow each other.
+        last = connection.last_insert_rowid()
+        return list(range(last - len(self.payloads) + 1, last + 1))
+
+
+def push(database: Database, wanted: Push) -> int:
+    """Add an entry for which there need not be room; its seq."""
+    if wanted.dedupe is None:
+        return _push_alone(database, wanted)
+    seq, _ = _push_together(database, wanted)
+    assert seq is not None
+    return seq
+
+
+def _push_together(database: Database, wanted: Push) -> tuple[int | None, bool]:
+    """Look and add in one transaction; as `Push.add`."""
+    seq: int | None = None
+    new = False
+
+    def step(connection: Connection) -> Iterable[str]:
+        nonlocal seq, new
+        seq, new = wanted.add(connection, database.history())
+        if new:
+            return (wanted.key,)
+        if seq is not None and database.options.sync:
+            # What another store pushed without sync may not be on the disk yet.
+            database.touch(connection)
+        return ()
+
+    def undo(connection: Connection) -> None:
+        if new and seq is not None:
+            upkeep.erase(connection, wanted.key, seq)
+
+    database.transact(step, undo=undo)
+    return seq, new
+
+
+def _push_alone(database: Database, wanted: Push) -> int:
+    """One statement, and so a transaction by itself."""
+    key = wanted.key
+    done: list[Any] = []
+    seq = 0
+
+    def step(connection: Connection) -> Iterable[str]:
+        nonlocal seq
+        now = clock.now()
+        if wanted.ttl is None and not wanted.delay:
+            run(done, connection, entries.INSERT, (key, wanted.payload, wanted.headers, now))
+        else:
+            run(done, connection, entries.INSERT_TIMED, wanted.row(now))
+        seq = connection.last_insert_rowid()
+        if seq % upkeep.PRUNE_EVERY == 0:
+            return (key, *taking.tidy(database, connection))
+        return (key,)
+
+    def undo(connection: Connection) -> None:
+        if done:
+            upkeep.erase(connection, key, seq or connection.last_insert_rowid())
+            done.clear()
+
+    database.write(step, undo=undo)
+    return seq
+
+
+def push_when_room(
+    database: Database, wanted: Push, timeout: float | None, context: Context | None
+) -> int:
+    """Add the entry as soon as there is room; its seq."""
+    token = room_token(wanted.key)
+
+    def look(waiter: Waiter, enrolled: bool) -> None:
+        seq, new = _push_together(database, wanted)
+        if seq is None:
+            return
+        waiter.found = seq, new
+        if enrolled and database.bell.awaited(token, waiter):
+            # One ring wakes one: there may be more room, so this one wakes the next.
+            database.bell.ring(token, waiter)
+
+    def restore(waiter: Waiter) -> None:
+        seq, new = waiter.found
+
+        def step(connection: Connection) -> Iterable[str]:
+            upkeep.erase(connection, wanted.key, seq)
+            return (token,)
+
+        if new:
+            database.transact(step)
+
+    found: tuple[int, bool] = taking.wait_for(
+        database, look, [token], timeout, context, restore=restore
+    )
+    return found[0]
+
+
+def push_many(database: Database, wanted: Batch) -> list[int]:
+    """Add all of them, or none; their seqs."""
+    seqs: list[int] = []
+
+    def step(connection: Connection) -> Iterable[str]:
+        seqs[:] = wanted.add(connection)
+        return (wanted.key,)
+
+    def undo(connection: Connection) -> None:
+        for seq in reversed(seqs):
+            upkeep.erase(connection, wanted.key, seq)
+
+    if wanted.payloads:
+        database.transact(step, undo=undo)
+    else:
+        database.ensure_open()
+    return seqs

@@ -1,0 +1,406 @@
+"""How a store gets an entry: look at the head, take or lease it, wait for one, give it back.
+
+A look costs no lock in the file, so an empty queue costs no write. Then, as the only writer, just
+that entry is taken if it still is the head: its payload is in hand before it is gone from the file,
+and nothing is handed out before the commit. What the clock has decided meanwhile is carried out
+first, in the same transaction.
+
+What a call has committed when an interrupt reaches it, it takes back: a call that raises did
+nothing.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Generic, TypeVar
+
+import apsw
+
+from . import browsing, clock, entries, upkeep
+from .connection import Connection
+from .database import Database
+from .doorbell import Doorbell, room_token
+from .entries import Grant, Head, Lease
+from .errors import SpaceError
+from .space import Context
+from .waiting import Waiter, surely, wait
+
+__all__ = [
+    "Claim",
+    "Grab",
+    "claim_many",
+    "pull_many",
+    "take_up_to",
+    "tidy",
+    "wait_and_grab",
+    "wait_for",
+]
+
+log = logging.getLogger("sqlspace")
+
+
+class Grab:
+    """One attempt to take the head of the first of `keys` that has one ready.
+
+    Args:
+        database: Where.
+        keys: In the order of preference.
+        waiter: The caller's own, if it waits.
+        accept: Called with the head before it is taken; what it raises ends the attempt.
+    """
+
+    head: Head
+    """What was taken. A plain attribute: no Ctrl-C can come between the commit and a look at it."""
+
+    def __init__(
+        self,
+        database: Database,
+        keys: list[str],
+        waiter: Waiter | None = None,
+        accept: Callable[[Head], None] | None = None,
+    ) -> None:
+        self.database = database
+        self.keys = keys
+        self.got = False
+        self._waiter = waiter
+        self._accept = accept
+        self._due: str | None = None  # a key for which something has come due
+        self._now = 0
+        self._done: list[Any] = []  # not empty once the head was taken
+        self._back: list[Any] = []  # and once it was put back: twice would double what others took
+        self._tokens: list[str] = []
+
+    def run(self) -> bool:
+        """Make the attempt; whether there was one."""
+        self.database.write(self._step, probe=self._probe, undo=self.undo, besides=self._waiter)
+        return self.got
+
+    def _probe(self, connection: Connection) -> bool:
+        return self._find(connection, ())
+
+    def _find(self, connection: Connection, caught: Iterable[str]) -> bool:
+        """Find the head, or a key that must be caught up with first; False: there is none."""
+        self._due = None
+        now = self._now = clock.now()
+        for key in self.keys:
+            found = entries.heads(connection, key, now, 1)
+            late = found[0].due if found else entries.due(connection, key, now)
+            if late and key not in caught:
+                self._due = key
+                return True
+            if found and not self._is_barred(connection, found[0]):
+                if self._accept is not None:
+                    self._accept(found[0])
+                self.head = found[0]
+                return True
+        return False
+
+    def _is_barred(self, connection: Connection, head: Head) -> bool:  # noqa: ARG002
+        """Whether it may not be taken, though it is ready."""
+        return False
+
+    def _step(self, connection: Connection) -> Iterable[str]:
+        self._get(connection)
+        if connection.in_transaction:
+            connection.execute("COMMIT")
+        if not self.got:
+            return self._tokens
+        key = self.head.key
+        tokens = [*self._tokens, *self._rings(key)]
+        if self.head.seq % upkeep.PRUNE_EVERY == 0:
+            tokens += tidy(self.database, connection)
+        if (
+            self._waiter is not None
+            and self.database.bell.awaited(key, self._waiter)
+            and browsing.stands_ready(connection, key)
+        ):
+            # One ring wakes one taker: there is more, so this one wakes the next.
+            tokens.append(key)
+        return tokens
+
+    def _get(self, connection: Connection) -> None:
+        caught: list[str] = []
+        while True:
+            if self._due is not None:
+                if not connection.in_transaction:
+                    connection.execute("BEGIN IMMEDIATE")
+                self._tokens += entries.catch_up(connection, self._due, self._now)
+                caught.append(self._due)
+            else:
+                self._mark(connection)
+                self.got = bool(connection.changes())
+                if self.got:
+                    return
+                self._done.clear()  # others were faster
+            if not self._find(connection, caught):
+                return
+
+    def _mark(self, connection: Connection) -> None:
+        """Take the head, if it still is one."""
+        entries.take(self._done, connection, self.head, self._now)
+
+    def _rings(self, key: str) -> tuple[str, ...]:
+        """For whom what was done makes a difference."""
+        return (room_token(key),)
+
+    def undo(self, connection: Connection) -> None:
+        """Put it back. Idempotent."""
+        if not self._back and (self.got or (self._done and connection.changes())):
+            entries.put_back(self._back, connection, self.head)
+
+    def restore(self) -> None:
+        """Put it back, when the call that took it raises after all."""
+
+        def step(connection: Connection) -> Iterable[str]:
+            self.undo(connection)
+            return (self.head.key,)
+
+        try:
+            surely(lambda: self.database.write(step))
+        except SpaceError:
+            path = self.database.options.path
+            log.exception("%s: entry %d could not be put back", path, self.head.seq)
+
+
+D = TypeVar("D")
+G = TypeVar("G", bound=Grab)
+
+
+class Claim(Grab, Generic[D]):
+    """The same, but leasing the head.
+
+    Args:
+        database: As above.
+        keys: As above.
+        wanted: The lease.
+        deliver: Makes what the caller gets; called in reach of `undo`.
+        waiter: As above.
+    """
+
+    delivery: D
+
+    def __init__(
+        self,
+        database: Database,
+        keys: list[str],
+        wanted: Lease,
+        deliver: Callable[[Grant], D],
+        waiter: Waiter | None = None,
+    ) -> None:
+        super().__init__(database, keys, waiter)
+        self._wanted = wanted
+        self._deliver = deliver
+
+    def _is_barred(self, connection: Connection, head: Head) -> bool:
+        return self._wanted.ordered and entries.blocked(connection, head.key, head.seq, self._now)
+
+    def _get(self, connection: Connection) -> None:
+        if self._wanted.ordered:  # nothing may change between the look and the lease
+            connection.execute("BEGIN IMMEDIATE")
+            if not self._find(connection, ()):
+                return
+        super()._get(connection)
+
+    def _mark(self, connection: Connection) -> None:
+        micros = self._wanted.micros
+        self._grant = Grant(self.head, os.urandom(16), micros, self._now + micros)
+        self.delivery = self._deliver(self._grant)
+        entries.lease(self._done, connection, self._grant, self._wanted.max_attempts)
+
+    def _rings(self, key: str) -> tuple[str, ...]:  # noqa: ARG002  # nothing has left
+        return ()
+
+    def undo(self, connection: Connection) -> None:
+        """Unlease it. Idempotent: the token says whether it still is ours."""
+        if self._done:
+            entries.unlease(connection, self._grant)
+
+
+def tidy(database: Database, connection: Connection) -> list[str]:
+    """Now and then: keep the history short, and clear away what has expired; tokens.
+
+    The caller's work is done, and is committed unless a transaction is open.
+    """
+    try:
+        upkeep.prune(connection, database.history())
+        now = clock.now()
+        if not entries.has_expired(connection, now):
+            return []
+        if connection.in_transaction:
+            return entries.expire(connection, now)
+        connection.execute("BEGIN IMMEDIATE")
+        tokens = entries.expire(connection, now)
+        connection.execute("COMMIT")
+    except apsw.Error:  # the next one does it
+        log.warning("%s: tidying failed", database.options.path, exc_info=True)
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        return []
+    return tokens
+
+
+# -- several at once
+
+
+def pull_many(database: Database, key: str, limit: int) -> list[bytes]:
+    """Take up to `limit` entries in one transaction."""
+    found: list[Head] = []
+    payloads: list[bytes] = []
+    back: list[Any] = []  # one for each that was put back
+
+    def step(connection: Connection) -> Iterable[str]:
+        found[:], tokens = take_up_to(connection, key, limit)
+        payloads[:] = [head.payload for head in found]  # here, within reach of undo
+        upkeep.prune(connection, database.history(), len(found) + upkeep.PRUNE_ROWS)
+        return tokens
+
+    def undo(connection: Connection) -> None:
+        for head in found[len(back) :]:
+            entries.put_back(back, connection, head)
+
+    database.transact(step, probe=lambda connection: any_ready(connection, [key]), undo=undo)
+    return payloads
+
+
+def take_up_to(connection: Connection, key: str, limit: int) -> tuple[list[Head], list[str]]:
+    """Take up to `limit` entries in the caller's transaction; them, and tokens."""
+    now = clock.now()
+    tokens = caught_up(connection, key, now, limit)
+    found = entries.heads(connection, key, now, limit)
+    entries.take_all(connection, [head.seq for head in found], now)
+    return found, [*tokens, room_token(key)]
+
+
+def claim_many(
+    database: Database, keys: list[str], limit: int, wanted: Lease, deliver: Callable[[Grant], D]
+) -> list[D]:
+    """Lease up to `limit` entries in one transaction."""
+    grants: list[Grant] = []
+    deliveries: list[D] = []
+
+    def step(connection: Connection) -> Iterable[str]:
+        now = clock.now()
+        rings: list[str] = []
+        for key in keys:
+            left = limit - len(grants)
+            rings += caught_up(connection, key, now, left)
+            found = entries.heads(connection, key, now, left)
+            grants.extend(entries.lease_all(connection, found, now, wanted))
+            if len(grants) == limit:
+                break
+        deliveries[:] = map(deliver, grants)  # here, within reach of undo
+        return rings
+
+    def undo(connection: Connection) -> None:
+        for grant in grants:
+            entries.unlease(connection, grant)
+
+    database.transact(step, probe=lambda connection: any_ready(connection, keys), undo=undo)
+    return deliveries
+
+
+def caught_up(connection: Connection, key: str, now: int, limit: int) -> list[str]:
+    """Carry out what has come due, as far as `limit` entries need it; tokens."""
+    if not entries.due(connection, key, now):
+        return []
+    return entries.catch_up(connection, key, now, max(limit, entries.BATCH_ROWS))
+
+
+def any_ready(connection: Connection, keys: Iterable[str]) -> bool:
+    """Whether there is something to take, or to catch up with."""
+    now = clock.now()
+    return any(
+        entries.heads(connection, key, now, 1) or entries.due(connection, key, now) for key in keys
+    )
+
+
+# -- waiting
+
+
+def wait_and_grab(
+    make: Callable[[Waiter | None], G],
+    tokens: Sequence[str],
+    timeout: float | None,
+    context: Context | None,
+    *,
+    in_turn: bool = False,
+) -> G:
+    """Make attempts until one succeeds.
+
+    Args:
+        make: A new attempt, of the waiter it gets.
+        tokens: For which to be woken.
+        timeout: Seconds, or None.
+        context: Another bound, or None.
+        in_turn: As `wait_for` has it.
+    """
+    database = make(None).database
+
+    def look(waiter: Waiter, enrolled: bool) -> None:
+        attempt = make(waiter if enrolled else None)
+        if attempt.run():
+            waiter.found = attempt
+
+    def restore(waiter: Waiter) -> None:
+        waiter.found.restore()
+
+    found: G = wait_for(database, look, tokens, timeout, context, restore=restore, in_turn=in_turn)
+    return found
+
+
+def wait_for(
+    database: Database,
+    look: Callable[[Waiter, bool], None],
+    tokens: Sequence[str],
+    timeout: float | None,
+    context: Context | None,
+    *,
+    restore: Callable[[Waiter], None] | None = None,
+    in_turn: bool = False,
+) -> Any:
+    """Wait at the doorbell of a store.
+
+    Args:
+        database: Its file.
+        look: As `waiting.wait` has it.
+        tokens: For which to be woken.
+        timeout: Seconds, or None.
+        context: Another bound, or None.
+        restore: Gives back what was found; whoever can is one that takes.
+        in_turn: Whether it waits for its turn: then also for what is held before to go.
+    """
+    bell: Doorbell | None = None
+    watched = [*tokens, *map(room_token, tokens)] if in_turn else tokens
+
+    def park(waiter: Waiter, seconds: float) -> None:
+        database.bell.park(waiter, seconds)
+
+    def look_enrolled(waiter: Waiter, enroll: bool) -> None:
+        nonlocal bell
+        if enroll and bell is None:
+            bell = database.bell
+            takes = restore is not None and not in_turn
+            bell.enroll(waiter, watched, takes=takes, in_turn=in_turn)
+        look(waiter, enroll)
+
+    def leave(waiter: Waiter) -> None:
+        if bell is None:
+            return
+        bell.dismiss(waiter, watched)
+        if waiter.park(0):  # rung once more, in vain: that ring is another's
+            for token in tokens:
+                bell.ring(token)
+
+    def horizon() -> float | None:
+        return browsing.seconds_ahead(database, tokens)
+
+    return wait(
+        look_enrolled,
+        leave=leave,
+        restore=restore or (lambda _: None),
+        ensure_open=database.ensure_open,
+        timeout=timeout,
+        context=context,
+        park=park,
+        horizon=horizon,
+    )

@@ -1,0 +1,301 @@
+"""Several verbs, one commit: what `Store.transaction()` gives.
+
+It belongs to the thread that opened it. While it is open that thread has the one right to write,
+so others wait: what takes long belongs before it or behind it. Nothing in here waits.
+
+Each verb is all or nothing by itself, too: one that raises leaves what was done before it, and the
+caller may go on. Waiters are woken after the commit only.
+"""
+
+import threading
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+import apsw
+
+from . import browsing, clock, entries, taking
+from .arguments import (
+    check_delay_micros,
+    check_int,
+    check_key,
+    check_payload,
+    check_size,
+    check_ttl_micros,
+    kind,
+)
+from .connection import Connection
+from .database import Database
+from .delivery import Delivery
+from .doorbell import room_token
+from .errors import StoreError
+from .pushing import Batch, Push
+from .waiting import surely
+
+if TYPE_CHECKING:
+    from .store import Store
+
+__all__ = ["Transaction"]
+
+T = TypeVar("T")
+
+
+class Transaction:
+    """Verbs that commit together: all of them at the end of the block, or none.
+
+    An exception out of the block rolls all back, and comes through. A verb of the store itself, a
+    verb that waits and another transaction are ValueError in here.
+
+    Example:
+        with store.claim("orders") as order, store.transaction() as together:
+            together.push("invoices", order.payload)
+            together.ack(order)
+    """
+
+    def __init__(self, store: "Store", database: Database) -> None:
+        self._store = store
+        self._database = database
+        self._held: list[Any] = []
+        self._thread: int | None = None
+        self._over = False
+        self._connection: Connection
+        self._rings: list[str] = []
+        self._settled: list[Delivery] = []
+
+    def __enter__(self) -> Self:
+        if self._over or self._thread is not None:
+            raise ValueError("a transaction can be entered once")
+        try:
+            self._connection = self._database.begin(self._held)
+            self._thread = threading.get_ident()
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if kind is None:
+                self._database.commit(dict.fromkeys(self._rings))
+                for delivery in self._settled:
+                    delivery._settle()  # noqa: SLF001  # one piece with it
+        finally:
+            self._end()
+
+    def __del__(self) -> None:
+        if self._held:  # left by an interrupt between two bytecodes
+            self._end()
+
+    def _end(self) -> None:
+        self._over = True
+        interrupt = surely(lambda: self._database.end(self._held))
+        if interrupt is not None:
+            raise interrupt
+
+    # -- adding
+
+    def push(
+        self,
+        key: str,
+        payload: bytes,
+        *,
+        ttl: float | None = None,
+        delay: float | None = None,
+        dedupe: str | None = None,
+        headers: dict[str, str] | None = None,
+        max_len: int | None = None,
+    ) -> int:
+        """As `Store.push`, but a full key raises `DeadlineError` at once."""
+        wanted = Push.checked(
+            key,
+            payload,
+            headers=headers,
+            ttl=ttl,
+            delay=delay,
+            dedupe=dedupe,
+            max_len=max_len,
+        )
+
+        def step(connection: Connection) -> int:
+            seq, new = wanted.add(connection, self._database.history())
+            if seq is None:
+                raise wanted.full()
+            if new:
+                self._rings.append(wanted.key)
+            else:
+                self._database.touch(connection)
+            return seq
+
+        return self._do(step)
+
+    def push_many(
+        self,
+        key: str,
+        payloads: Iterable[bytes],
+        *,
+        ttl: float | None = None,
+        delay: float | None = None,
+    ) -> list[int]:
+        """As `Store.push_many`."""
+        wanted = Batch.checked(key, payloads, ttl, delay)
+
+        def step(connection: Connection) -> list[int]:
+            seqs = wanted.add(connection) if wanted.payloads else []
+            self._rings.append(wanted.key)
+            return seqs
+
+        return self._do(step)
+
+    def put(self, key: str, payload: bytes, *, ttl: float | None = None) -> int:
+        """As `Store.put`."""
+        key, payload = check_key(key), check_payload(payload)
+        ttl_micros = check_ttl_micros(ttl)
+        check_size(key, payload, None)
+
+        def step(connection: Connection) -> int:
+            seq, rings = entries.put(connection, key, payload, clock.now(), ttl_micros)
+            self._rings += rings
+            return seq
+
+        return self._do(step)
+
+    # -- taking
+
+    def pullp(self, key: str) -> bytes | None:
+        """As `Store.pullp`; what is taken is gone when the transaction commits, and not before."""
+        payloads = self.pull_many(key, 1)
+        return payloads[0] if payloads else None
+
+    def pull_many(self, key: str, limit: int) -> list[bytes]:
+        """As `Store.pull_many`; what is taken is gone when the transaction commits."""
+        key = check_key(key)
+        limit = min(check_int(limit, "limit", 1), 1 << 62)
+
+        def step(connection: Connection) -> list[bytes]:
+            found, rings = taking.take_up_to(connection, key, limit)
+            self._rings += rings
+            return [head.payload for head in found]
+
+        return self._do(step)
+
+    def clear(self, key: str) -> int:
+        """As `Store.clear`."""
+        key = check_key(key)
+
+        def step(connection: Connection) -> int:
+            count, rings = entries.clear(connection, key, clock.now())
+            self._rings += rings
+            return count
+
+        return self._do(step)
+
+    def remove(self, key: str, seq: int) -> bool:
+        """As `Store.remove`."""
+        key, seq = check_key(key), min(check_int(seq, "seq", 1), entries.NO_SEQ)
+
+        def step(connection: Connection) -> bool:
+            removed = entries.remove(connection, key, seq, clock.now())
+            if removed:
+                self._rings.append(room_token(key))
+            return removed
+
+        return self._do(step)
+
+    # -- settling
+
+    def ack(self, delivery: Delivery) -> None:
+        """As `Delivery.ack`; the delivery is settled when the transaction commits."""
+        self._check_delivery(delivery)
+
+        def step(connection: Connection) -> None:
+            self._rings += delivery._ack_in(connection, [])  # noqa: SLF001
+            self._settled.append(delivery)
+
+        self._do(step)
+
+    def nack(self, delivery: Delivery, delay: float = 0.0) -> None:
+        """As `Delivery.nack`; the delivery is settled when the transaction commits."""
+        self._check_delivery(delivery)
+        micros = check_delay_micros(delay, None)
+
+        def step(connection: Connection) -> None:
+            self._rings += delivery._nack_in(connection, micros)  # noqa: SLF001
+            self._settled.append(delivery)
+
+        self._do(step)
+
+    def _check_delivery(self, delivery: object) -> None:
+        if not isinstance(delivery, Delivery):
+            raise TypeError(f"delivery must be a sqlspace.Delivery, not {kind(delivery)}")
+        delivery._ensure_of(self._store)  # noqa: SLF001
+
+    # -- looking
+
+    def peek(self, key: str) -> bytes | None:
+        """As `Store.peek`, with what this transaction has done."""
+        key = check_key(key)
+
+        def step(connection: Connection) -> bytes | None:
+            self._settle(connection, key)
+            found = browsing.first(connection, key)
+            return None if found is None else found[1]
+
+        return self._do(step)
+
+    def len(self, key: str) -> int:
+        """As `Store.len`, with what this transaction has done."""
+        key = check_key(key)
+
+        def step(connection: Connection) -> int:
+            self._settle(connection, key)
+            return entries.count(connection, key, clock.now())
+
+        return self._do(step)
+
+    def _settle(self, connection: Connection, key: str) -> None:
+        """Have the dead moved to where they belong, if they belong under `key`."""
+        if key.endswith(entries.DEAD):
+            self._rings += entries.catch_up(connection, key, clock.now())
+
+    # -- how a verb runs
+
+    def _do(self, step: Callable[[Connection], T]) -> T:
+        """Run a step that is all or nothing, whatever comes after it."""
+        if self._thread is None or self._over:
+            raise ValueError("the transaction is over, or hasn't begun")
+        if self._thread != threading.get_ident():
+            raise ValueError("a transaction belongs to the thread that opened it")
+        self._database.ensure_open()
+        connection = self._connection
+        rings, settled = len(self._rings), len(self._settled)
+        try:
+            if not connection.in_transaction:
+                raise StoreError(
+                    f"{self._store.path}: SQLite rolled the transaction back when one of its "
+                    "statements failed"
+                )
+            connection.execute("SAVEPOINT sqlspace")
+            result = step(connection)
+            connection.execute("RELEASE sqlspace")
+        except BaseException as error:
+            del self._rings[rings:], self._settled[settled:]
+            if connection.in_transaction:
+                _undo(connection)
+            if isinstance(error, apsw.Error):
+                raise self._database.mapped(error) from error
+            raise
+        return result
+
+
+def _undo(connection: Connection) -> None:
+    """Go back to where the verb began, if it has got so far."""
+    try:
+        connection.execute("ROLLBACK TO sqlspace")
+        connection.execute("RELEASE sqlspace")
+    except apsw.SQLError:  # no such savepoint
+        pass
