@@ -10,20 +10,26 @@ import numbers
 from collections.abc import Iterable
 
 __all__ = [
+    "check_delay_micros",
     "check_headers",
     "check_int",
     "check_key",
     "check_keys",
+    "check_lease_micros",
     "check_payload",
     "check_size",
     "check_timeout",
     "check_ttl",
+    "check_ttl_micros",
     "kind",
     "shown",
 ]
 
 KEY_BYTES = 1024
 ROW_BYTES = 1_000_000_000  # SQLite's default limit of a row (SQLITE_MAX_LENGTH)
+
+# The longest duration in the file, 1,000 years: twice as much, counted from any clock, fits int64.
+LONGEST_MICROS = 31_557_600_000_000_000
 
 _good_keys: set[str] = set()  # those checked before
 _GOOD_KEYS = 4096
@@ -144,14 +150,7 @@ def check_timeout(timeout: object, argument: str = "timeout") -> float | None:
     """
     if timeout is None:
         return None
-    if isinstance(timeout, bool) or not isinstance(timeout, numbers.Real):
-        raise TypeError(f"{argument} must be seconds as a number or None, not {kind(timeout)}")
-    try:
-        seconds = float(timeout)
-    except OverflowError:  # beyond every clock; typeshed's Real has no order
-        seconds = math.inf if timeout > 0 else -math.inf  # type: ignore[operator]
-    if math.isnan(seconds) or seconds < 0:
-        raise ValueError(f"{argument} must be 0 or more seconds, not {shown(timeout)}")
+    seconds = _seconds(timeout, argument, "seconds as a number or None")
     return None if math.isinf(seconds) else seconds
 
 
@@ -161,3 +160,57 @@ def check_ttl(ttl: object, argument: str = "ttl") -> float | None:
     if seconds == 0:
         raise ValueError(f"{argument} must be more than 0 seconds")
     return seconds
+
+
+def check_ttl_micros(ttl: object, argument: str = "ttl") -> int | None:
+    """Seconds to live, above 0, as the file has them: microseconds, or None for ever."""
+    seconds = check_ttl(ttl, argument)
+    return None if seconds is None else _micros(seconds)
+
+
+def check_delay_micros(delay: object, ttl_micros: int | None, argument: str = "delay") -> int:
+    """Seconds until an entry is ready, as the file has them: microseconds, 0 if there is no delay.
+
+    Args:
+        delay: A finite number, or None.
+        ttl_micros: As `check_ttl_micros` returned it: what expires before it is ready is refused.
+        argument: Its name.
+    """
+    if delay is None:
+        return 0
+    seconds = _seconds(delay, argument, "seconds as a number or None")
+    if math.isinf(seconds):
+        raise ValueError(f"{argument} must be finite, not {shown(delay)}")
+    micros = _micros(seconds) if seconds else 0
+    if ttl_micros is not None and micros >= ttl_micros:
+        raise ValueError(
+            f"{argument} must be less than ttl, or the entry expires before it is ready: "
+            f"{micros / 1e6:g} s are not less than {ttl_micros / 1e6:g} s"
+        )
+    return micros
+
+
+def check_lease_micros(lease: object, argument: str = "lease") -> int:
+    """Seconds of a lease, above 0 and finite, as the file has them: microseconds."""
+    seconds = _seconds(lease, argument, "seconds as a number")
+    if not seconds or math.isinf(seconds):
+        raise ValueError(f"{argument} must be more than 0 seconds and finite, not {shown(lease)}")
+    return _micros(seconds)
+
+
+def _seconds(value: object, argument: str, wanted: str) -> float:
+    """A number of 0 or more, infinity included."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{argument} must be {wanted}, not {kind(value)}")
+    try:
+        seconds = float(value)
+    except OverflowError:  # beyond every clock; typeshed's Real has no order
+        seconds = math.inf if value > 0 else -math.inf  # type: ignore[operator]
+    if math.isnan(seconds) or seconds < 0:
+        raise ValueError(f"{argument} must be 0 or more seconds, not {shown(value)}")
+    return seconds
+
+
+def _micros(seconds: float) -> int:
+    """At least 1, for a duration that is there must not vanish; at most `LONGEST_MICROS`."""
+    return max(1, round(min(seconds * 1e6, LONGEST_MICROS)))
