@@ -24,6 +24,7 @@ from .errors import (
     UndecidedError,
 )
 from .local import Local
+from .outbox import push_on
 from .records import Compaction, Entry, KeyStats, Stats, Tombstone
 from .space import Context, Space
 from .store import Store, open
@@ -53,4 +54,5 @@ __all__ = [
     "Tombstone",
     "UndecidedError",
     "open",
+    "push_on",
 ]
