@@ -84,12 +84,16 @@ def push_on(
     The tables must be in the connection's database: `sqlspace.open(path, embed=True)`, once, moves
     in with an application's own.
 
+    With SQLAlchemy the driver connection is `connection.connection.driver_connection`, and the
+    transaction must be one that SQLAlchemy knows of (`engine.begin()`, or a statement of its own
+    before): what only the driver began, it would not commit.
+
     Never use the standard library's sqlite3 in a process that has a Store open on the same file
     (see `sqlspace.guard`): there, connect with apsw.
 
     Args:
         connection: Anything with `execute(sql, parameters)`: apsw's, the standard library's,
-            SQLAlchemy's driver connection (`connection.connection.driver_connection`).
+            SQLAlchemy's driver connection.
         key: 1 to 1,024 bytes in UTF-8, no NUL.
         payload: Bytes-like; copied. At most 1,000,000,000 bytes less the rest of its row.
         ttl: Seconds from now until the entry expires, more than 0; None or infinity is never.
