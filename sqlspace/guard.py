@@ -10,7 +10,8 @@ would be the very accident. What it can't see: files that sqlite3 had open befor
 ATTACH, and other SQLite libraries. For them it stays a rule: one file, one library a process.
 
 An audit hook can't be removed, and is called for every event of the process; so it is one
-comparison for all others (50 ns) and one look at an empty dict while no Store is open.
+comparison for all others (0.13 µs, the call included) and one look at an empty dict while no Store
+is open.
 """
 
 import contextlib
@@ -26,30 +27,28 @@ __all__ = ["Guard"]
 _EVENT = "sqlite3.connect"
 _BESIDE = (b"-wal", b"-shm")  # as a database it is somebody's mistake; SQLite locks the -shm, too
 
-# The files that are open, as often as they are. Each change is one step of a dict: no lock that a
-# fork, or a signal's handler that closes a store, could find taken.
-_guarded: dict[int, tuple[int, int]] = {}
-
 
 class Guard:
-    """One Store's file is open in this process; until `release`, or until this is forgotten.
+    """One Store's file is open in this process, until `release`.
 
     Args:
         file: Its device and inode; None guards nothing.
     """
 
     def __init__(self, file: tuple[int, int] | None = None) -> None:
-        self._guarded = _guarded  # at the interpreter's end, the module's may be gone before this
         if file is not None:
             with contextlib.suppress(IndexError):  # the hook is there already
                 sys.addaudithook(_uninstalled.pop())
-            self._guarded[id(self)] = file
+            _guarded[self] = file
 
     def release(self) -> None:
         """Guard it no more; idempotent."""
-        self._guarded.pop(id(self), None)
+        _guarded.pop(self, None)
 
-    __del__ = release
+
+# The files that are open, as often as they are. Each change is one step of a dict: no lock that a
+# fork, or a signal's handler that closes a store, could find taken.
+_guarded: dict[Guard, tuple[int, int]] = {}
 
 
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:

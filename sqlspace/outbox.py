@@ -55,7 +55,7 @@ _ADVICE = (
     "checkpoints to the Stores"
 )
 _untold = [_ADVICE]  # who pops it, tells: once a process
-_fixed_kinds: set[type] = set()  # connections of which there is nothing to tell
+_versions: dict[type, str] = {}  # of the library behind each kind of connection; '' if it is fixed
 
 
 class SupportsExecute(Protocol):
@@ -124,7 +124,7 @@ def push_on(
     delay_micros = check_delay_micros(delay, ttl_micros)
     if dedupe is not None:
         dedupe = check_key(dedupe, "dedupe")
-    if _untold and type(connection) not in _fixed_kinds:
+    if _untold and _versions.get(type(connection)) != "":
         _advise(connection)
     now = time.time_ns() // 1000
     row = (
@@ -168,14 +168,16 @@ def _fetch(connection: SupportsExecute, sql: str, row: tuple[Any, ...] = ()) -> 
 def _advise(connection: SupportsExecute) -> None:
     """Tell once of a library that may lose commits, if this connection lets it.
 
-    Of a fixed library, the version is asked for once (1 µs); of another, the setting with each push
-    (2 µs of 12) until there was something to tell.
+    The version is asked for once, and of a fixed library no more than that; of another, the setting
+    with each push (2 µs of 12) until there was something to tell.
     """
     # A connection may forbid to ask, and the push is to be judged by itself.
     with contextlib.suppress(Exception):
-        version = bytes(_fetch(connection, SELECT_VERSION)).decode()
-        if tuple(map(int, version.split("."))) >= _FIXED:
-            _fixed_kinds.add(type(connection))
-        elif _fetch(connection, PRAGMA_AUTOCHECKPOINT):
+        version = _versions.get(type(connection))
+        if version is None:
+            version = bytes(_fetch(connection, SELECT_VERSION)).decode()
+            fixed = tuple(map(int, version.split("."))) >= _FIXED
+            version = _versions[type(connection)] = "" if fixed else version
+        if version and _fetch(connection, PRAGMA_AUTOCHECKPOINT):
             with contextlib.suppress(IndexError):  # another thread was first
                 log.warning(_untold.pop(), version)

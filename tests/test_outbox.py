@@ -239,6 +239,10 @@ def test_in_autocommit_the_push_is_a_transaction_of_its_own(store, connection):
     assert not connection.in_transaction
     assert store.pull("mail", 0) == b"1"
     store.push("mail", b"2")
+    cursor = connection.cursor()  # one that outlives the call
+    push_on(cursor, "mail", b"3")
+    store.push("mail", b"4")
+    assert store.pull_many("mail", 9) == [b"2", b"3", b"4"]
 
 
 def test_a_push_that_fails_leaves_the_transaction_to_the_application(store, connection):
@@ -336,6 +340,16 @@ def test_misuse_is_refused_before_anything_is_touched(name):
     assert not asked
 
 
+def test_what_fits_no_row_is_refused_before_anything_is_touched(memory, monkeypatch):
+    """With the rest of its row it must stay below SQLite's limit."""
+    monkeypatch.setattr("sqlspace.arguments.ROW_BYTES", 20_000)
+    with pytest.raises(ValueError, match=r"payload must be .* bytes here, not 15,000"):
+        push_on(memory, "mail", bytes(15_000))
+    with pytest.raises(ValueError, match="headers must be at most"):
+        push_on(memory, "mail", b"x", headers={"a": "b" * 10_000})
+    assert not rows(memory)
+
+
 @pytest.mark.parametrize("library", [apsw, sqlite3])
 def test_a_database_without_our_tables_is_a_schema_error(library):
     """It says what to do, its cause is the library's own, and the transaction goes on."""
@@ -379,7 +393,7 @@ def test_other_errors_are_the_librarys_own(path, connection):
 def untold(monkeypatch):
     """A process that was told nothing yet, and knows no library."""
     monkeypatch.setattr(outbox, "_untold", [outbox._ADVICE])
-    monkeypatch.setattr(outbox, "_fixed_kinds", set())
+    monkeypatch.setattr(outbox, "_versions", {})
 
 
 def pretend(connection, version):
