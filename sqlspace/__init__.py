@@ -26,6 +26,7 @@ from .errors import (
     UndecidedError,
 )
 from .local import Local
+from .outbox import push_on
 from .records import Compaction, Entry, KeyStats, Stats, Tombstone
 from .space import Context, Space
 from .store import Store, open
@@ -59,4 +60,5 @@ __all__ = [
     "Transaction",
     "UndecidedError",
     "open",
+    "push_on",
 ]

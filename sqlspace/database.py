@@ -34,6 +34,7 @@ from .errors import (
     StoreError,
     UndecidedError,
 )
+from .guard import Guard
 from .identity import Identity
 from .marks import HISTORY_AT, Marks
 from .turnstile import Turnstile
@@ -80,6 +81,7 @@ class _Session:
         self.booted = False  # whether the commit before the first write is done
         self.wal_descriptor: int | None = None
         self.identity = Identity()
+        self.guard = Guard()
         try:
             self.file_id = self.connection.execute(SELECT_FILE_ID).get
             if os.path.exists(path + "-wal"):  # not so under a vfs that keeps its files elsewhere
@@ -93,9 +95,9 @@ class _Session:
             if options.history is not None:
                 self.marks.hold(HISTORY_AT + options.history)
             file = os.stat(path) if self.wal_descriptor is not None else None
-            self.bell = Doorbell(
-                (file.st_dev, file.st_ino) if file else None, path + "-wal", self.marks, stirring
-            )
+            place = (file.st_dev, file.st_ino) if file else None
+            self.guard = Guard(place)
+            self.bell = Doorbell(place, path + "-wal", self.marks, stirring)
         except BaseException:
             self._close_files()
             raise
@@ -126,6 +128,7 @@ class _Session:
         if self.wal_descriptor is not None:
             os.close(self.wal_descriptor)
             self.wal_descriptor = None
+        self.guard.release()
 
     def abandon(self) -> None:
         """In a forked child: let go all that is the parent's, and leave no trace in the file."""
@@ -135,6 +138,7 @@ class _Session:
                 connection.close()
         if self.wal_descriptor is not None:
             os.close(self.wal_descriptor)
+        self.guard.release()
 
 
 class Database:

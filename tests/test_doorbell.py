@@ -213,7 +213,8 @@ COUNTED_TAKERS = """
 deaf(*filter(None, argv[1].split(",")))
 store = sqlspace.open(argv[0], sync=False)
 takes = []
-take = sqlspace.Store._take
+from sqlspace import taking
+take = taking.Grab.run
 def counted(*arguments):
     takes.append(arguments)
     return take(*arguments)
@@ -225,7 +226,7 @@ threads = [threading.Thread(target=run) for _ in range(16)]
 for thread in threads:
     thread.start()
 parked(16)
-sqlspace.Store._take = counted
+taking.Grab.run = counted
 tell("parked")
 while (line := hear()) != "end":
     if line == "push":
