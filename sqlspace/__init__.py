@@ -25,6 +25,7 @@ from .errors import (
 )
 from .local import Local
 from .records import Compaction, Entry, KeyStats, Stats, Tombstone
+from .rendezvous import call, serve
 from .space import Context, Space
 from .store import Store, open
 
@@ -52,5 +53,7 @@ __all__ = [
     "StoreError",
     "Tombstone",
     "UndecidedError",
+    "call",
     "open",
+    "serve",
 ]
