@@ -28,6 +28,7 @@ from .errors import (
 from .local import Local
 from .outbox import push_on
 from .records import Compaction, Entry, KeyStats, Stats, Tombstone
+from .rendezvous import call, serve
 from .space import Context, Space
 from .store import Store, open
 from .transaction import Transaction
@@ -59,6 +60,8 @@ __all__ = [
     "Tombstone",
     "Transaction",
     "UndecidedError",
+    "call",
     "open",
     "push_on",
+    "serve",
 ]

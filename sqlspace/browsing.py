@@ -64,16 +64,20 @@ SELECT_LIVE = f"""
 SELECT 1 FROM sqlspace_entries INDEXED BY sqlspace_entries_live
  WHERE key = ?2 AND state < 3 AND {LIVE} LIMIT 1
 """
-# The first of what stands ready, what has come due, and what a clock that jumped back would hold.
+# The first of what stands ready, of what has come due, and of what a clock that has jumped back
+# would hold.
+_NONE = entries.NO_SEQ
 SELECT_FIRST = f"""
 SELECT nullif(min(
   ifnull((SELECT seq FROM sqlspace_entries INDEXED BY sqlspace_entries_live
            WHERE key = ?2 AND state = 0 AND state < 3 AND {UNEXPIRED} ORDER BY seq LIMIT 1),
-         {entries.NO_SEQ}),
+         {_NONE}),
   ifnull((SELECT min(seq) FROM sqlspace_entries INDEXED BY sqlspace_entries_until
-           WHERE key = ?2 AND until_at <= ?1 AND {UNEXPIRED} AND NOT {LAST}), {entries.NO_SEQ}),
+           WHERE key = ?2 AND until_at <= ?1 AND {UNEXPIRED} AND NOT {LAST}),
+         {_NONE}),
   ifnull((SELECT min(seq) FROM sqlspace_entries INDEXED BY sqlspace_entries_since
-           WHERE key = ?2 AND since_at > ?1 AND {UNEXPIRED} AND NOT {LAST}), {entries.NO_SEQ})), {entries.NO_SEQ})
+           WHERE key = ?2 AND since_at > ?1 AND {UNEXPIRED} AND NOT {LAST}),
+         {_NONE})), {_NONE})
 """
 SELECT_HEAD = f"""
 SELECT seq, ifnull(payload, x'') FROM sqlspace_entries WHERE seq = ({SELECT_FIRST})

@@ -105,14 +105,9 @@ def examine(connection: apsw.Connection) -> int:
     Raises:
         SchemaError: tampered with, newer than this package, or a database in UTF-16.
     """
-    if connection.in_transaction:
-        return _examine(connection)
-    connection.execute("BEGIN")  # one state, though others may be at a migration
-    try:
-        return _examine(connection)
-    finally:
-        if connection.in_transaction:
-            connection.execute("ROLLBACK")
+    with connection:  # one state, though others may be at a migration
+        version = _examine(connection)
+    return version
 
 
 def _examine(connection: apsw.Connection) -> int:

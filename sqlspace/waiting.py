@@ -25,7 +25,7 @@ from .arguments import check_timeout
 from .errors import CanceledError, DeadlineError
 from .space import Context, check_context
 
-__all__ = ["MISSING", "Waiter", "surely", "wait"]
+__all__ = ["MISSING", "Waiter", "nearer_end", "surely", "wait"]
 
 MISSING: Final[Any] = object()
 
@@ -107,7 +107,7 @@ def wait(
     """
     seconds = check_timeout(timeout)
     check_context(context)
-    deadline = _deadline(seconds, context)
+    deadline = nearer_end(seconds, context)
     waiter = Waiter()
     enroll = False  # most waits find something at the first look, and need not enroll
     try:
@@ -149,8 +149,8 @@ def wait(
     return waiter.found
 
 
-def _deadline(seconds: float | None, context: Context | None) -> float | None:
-    """The earlier end of the two, on the monotonic clock."""
+def nearer_end(seconds: float | None, context: Context | None) -> float | None:
+    """The earlier end of the two, on the monotonic clock; None if there is none."""
     deadline = None if seconds is None else time.monotonic() + seconds
     if context is not None and context.deadline is not None:
         deadline = context.deadline if deadline is None else min(deadline, context.deadline)
