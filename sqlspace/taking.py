@@ -318,6 +318,7 @@ def any_ready(connection: Connection, keys: Iterable[str]) -> bool:
 
 
 def wait_and_grab(
+    database: Database,
     make: Callable[[Waiter | None], G],
     tokens: Sequence[str],
     timeout: float | None,
@@ -328,13 +329,13 @@ def wait_and_grab(
     """Make attempts until one succeeds.
 
     Args:
+        database: Where.
         make: A new attempt, of the waiter it gets.
         tokens: For which to be woken.
         timeout: Seconds, or None.
         context: Another bound, or None.
         in_turn: As `wait_for` has it.
     """
-    database = make(None).database
 
     def look(waiter: Waiter, enrolled: bool) -> None:
         attempt = make(waiter if enrolled else None)
