@@ -6,7 +6,6 @@ by its row and the clock, so it is lost when its time is over, taken over or not
 """
 
 import atexit
-import functools
 import logging
 import os
 import threading
@@ -22,7 +21,7 @@ from .connection import Connection
 from .database import Database
 from .doorbell import room_token
 from .entries import Grant
-from .errors import ClosedError, LeaseError, SpaceError
+from .errors import ClosedError, LeaseError, SpaceError, StoreError
 from .waiting import surely
 
 if TYPE_CHECKING:
@@ -286,11 +285,17 @@ class Renewals:
         with self._changed:
             self._due[delivery] = self._next(delivery)
             if self._thread is None:
-                thread = threading.Thread(target=self._run, name="sqlspace-renewals", daemon=True)
-                thread.start()
-                self._thread = thread
+                self._thread = self._start()
             else:
                 self._changed.notify()
+
+    def _start(self) -> threading.Thread:
+        thread = threading.Thread(target=self._run, name="sqlspace-renewals", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # the process may have no more threads
+            raise StoreError(f"no thread to renew leases: {error}") from error
+        return thread
 
     def discard(self, delivery: Delivery) -> None:
         """Renew it no more; idempotent."""

@@ -231,24 +231,25 @@ UPDATE sqlspace_entries SET deadline = ?1 + ?4, lease = ?4
 
 # -- carrying out what the clock has decided
 
-FREE = """
-   SET state = 0, due_at = NULL, delay = NULL, deadline = NULL, lease = NULL, token = NULL
+SELECT_OVER = f"""
+SELECT seq, deadline IS NOT NULL FROM sqlspace_entries INDEXED BY sqlspace_entries_until
+ WHERE key = ?2 AND until_at <= ?1 AND state < 3 AND NOT {LAST} ORDER BY until_at, seq LIMIT ?3
 """
-RELEASE_DUE = f"""
-UPDATE sqlspace_entries {FREE} WHERE seq IN (
-  SELECT seq FROM sqlspace_entries INDEXED BY sqlspace_entries_until
-   WHERE key = ?2 AND until_at <= ?1 AND state < 3 AND NOT {LAST} ORDER BY until_at, seq LIMIT ?3)
+SELECT_STUCK = f"""
+SELECT seq, deadline IS NOT NULL FROM sqlspace_entries INDEXED BY sqlspace_entries_since
+ WHERE key = ?2 AND since_at > ?1 AND state < 3 AND NOT {LAST} LIMIT ?3
 """
-RELEASE_STUCK = f"""
-UPDATE sqlspace_entries {FREE} WHERE seq IN (
-  SELECT seq FROM sqlspace_entries INDEXED BY sqlspace_entries_since
-   WHERE key = ?2 AND since_at > ?1 AND state < 3 AND NOT {LAST} LIMIT ?3)
-"""
+# The first in the order of the queue; whether they are over, and leased.
 SELECT_FIRST_HELD = f"""
-SELECT seq, {OVER} AND NOT {LAST} FROM sqlspace_entries INDEXED BY sqlspace_entries_live
+SELECT seq, deadline IS NOT NULL, {OVER} AND NOT {LAST}
+  FROM sqlspace_entries INDEXED BY sqlspace_entries_live
  WHERE key = ?2 AND state = ?4 AND state < 3 ORDER BY seq LIMIT ?3
 """
-RELEASE_ONE = f"UPDATE sqlspace_entries {FREE} WHERE seq = ?"
+RELEASE = """
+UPDATE sqlspace_entries
+   SET state = 0, due_at = NULL, delay = NULL, deadline = NULL, lease = NULL, token = NULL
+ WHERE seq = ?
+"""
 SELECT_EXPIRED = f"""
 SELECT seq, CAST(key AS BLOB) FROM sqlspace_entries INDEXED BY sqlspace_entries_expiring
  WHERE expires_at <= ?1 AND expires_at IS NOT NULL AND state < 3
@@ -544,14 +545,17 @@ def catch_up(
 
 def _release(connection: Connection, key: str, now: int, limit: int) -> int:
     """Have what has come due stand ready; how many."""
-    connection.execute(RELEASE_DUE, (now, key, limit))
-    released = connection.changes()
-    if released == limit:  # there may be more, that stand before those in the queue
+    over: list[Any] = connection.execute(SELECT_OVER, (now, key, limit)).fetchall()
+    if len(over) == limit:  # there may be more, that stand before those in the queue
         for state in (1, 2):
-            rows: Any = connection.execute(SELECT_FIRST_HELD, (now, key, limit, state)).fetchall()
-            connection.executemany(RELEASE_ONE, [(seq,) for seq, over in rows if over])
-    connection.execute(RELEASE_STUCK, (now, key, limit))
-    return released + connection.changes()
+            rows: Any = connection.execute(SELECT_FIRST_HELD, (now, key, limit, state))
+            over += [row[:2] for row in rows.fetchall() if row[2]]
+    over += connection.execute(SELECT_STUCK, (now, key, limit)).fetchall()
+    found = dict(over)  # a row may be found twice
+    connection.executemany(RELEASE, [(seq,) for seq in found])
+    if lapsed := sum(found.values()):
+        log.warning("%d leases under %a ran out; their entries are ready again", lapsed, key)
+    return len(found)
 
 
 def has_expired(connection: Connection, now: int) -> bool:

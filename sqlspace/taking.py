@@ -109,14 +109,21 @@ class Grab:
         tokens = [*self._tokens, *self._rings(key)]
         if self.head.seq % upkeep.PRUNE_EVERY == 0:
             tokens += tidy(self.database, connection)
-        if (
-            self._waiter is not None
-            and self.database.bell.awaited(key, self._waiter)
-            and browsing.stands_ready(connection, key)
-        ):
-            # One ring wakes one taker: there is more, so this one wakes the next.
-            tokens.append(key)
+        if self._waiter is not None:
+            tokens += self._passed_on(connection, self._waiter)
         return tokens
+
+    def _passed_on(self, connection: Connection, waiter: Waiter) -> list[str]:
+        """One ring wakes one taker, and this one may have been rung for each of its keys.
+
+        So for what is left there it wakes the next.
+        """
+        bell = self.database.bell
+        return [
+            key
+            for key in self.keys
+            if bell.awaited(key, waiter) and browsing.stands_ready(connection, key)
+        ]
 
     def _get(self, connection: Connection) -> None:
         caught: list[str] = []
