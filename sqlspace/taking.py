@@ -399,8 +399,10 @@ def wait_for(
             for token in tokens:
                 bell.ring(token)
 
-    def horizon() -> float | None:
-        return browsing.seconds_ahead(database, tokens)
+    def horizon() -> None:
+        ahead = browsing.seconds_ahead(database, tokens)
+        if ahead is not None:  # the watch looks then, for all of this process at once
+            database.bell.expect(ahead)
 
     return wait(
         look_enrolled,
