@@ -210,6 +210,7 @@ class Claim(Grab, Generic[D]):
 
     def _mark(self, connection: Connection) -> None:
         micros = self._wanted.micros
+        self._now = clock.now()  # the wait for the turn to write is no part of the lease
         self._grant = Grant(self.head, os.urandom(16), micros, self._now + micros)
         self.delivery = self._deliver(self._grant)
         entries.lease(self._done, connection, self._grant, self._wanted.max_attempts)

@@ -114,20 +114,22 @@ class Worker:
         delivery = self.claim(key)
         if delivery is None:
             return
-        bad, error = self.is_bad(delivery), None
+        way = error = None
         try:
             with delivery:
+                way = "nack" if self.is_bad(delivery) else "ack"
                 if self.chance(0.01):
                     time.sleep(LEASE * 1.5)  # it is renewed meanwhile
-                way = "nack" if bad else "ack"
                 self.begin(way, [delivery])
-                if bad:
+                if way == "nack":
                     raise Failed
-        except Failed:
-            # What the nack at the end of a block meets is logged there; the row tells.
-            error = sqlspace.LeaseError() if not delivery._settled else None
+        except Failed:  # whether the nack met a LeaseError, the end of a block doesn't say
+            error = None if delivery._settled else sqlspace.LeaseError()
         except sqlspace.LeaseError as lost:
             error = lost
+            if way is None:  # it was lost before the block began
+                way = "ack"
+                self.begin(way, [delivery])
         self.ended(way, [delivery], error)
 
     def by_hand(self, key):
@@ -333,8 +335,7 @@ class Storm:
         for pid in pids:
             del self.pids[pid]
             code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-            assert code == -signal.SIGKILL, f"a worker had ended with {code}"
-            self.counts["kills"] += 1
+            self.counts["kills" if code == -signal.SIGKILL else "failures"] += 1
 
     def freeze(self, pid):
         if not self.pids[pid]:
