@@ -5,7 +5,7 @@ from claims_proof import ACKED, DEAD, FOLLOW, Evidence, Row, Rule, judge
 from claims_storm import run
 
 import sqlspace
-from sqlspace import clock
+from sqlspace import clock, entries
 
 # -- the proof itself: it counts for something only if a fault would have failed it
 
@@ -62,9 +62,7 @@ class Forger:
     def entomb(self, seq, state):
         self.taken += 1
         row = self.rows[seq]
-        self.rows[seq] = row._replace(
-            state=state, payload=None, headers=None, taken_no=self.taken
-        )
+        self.rows[seq] = row._replace(state=state, payload=None, headers=None, taken_no=self.taken)
 
     def bury(self, seq, letter):
         row = self.rows[seq]
@@ -412,6 +410,30 @@ def test_a_lease_begins_when_it_is_given_and_not_when_it_is_asked_for(tmp_path, 
         delivery = store.claim("k", 0, lease=10.0)
         assert delivery.deadline == begins / 1e6 + 10.0
         assert not delivery.lost
+
+
+def test_what_comes_back_during_a_claim_in_order_is_not_passed_over(tmp_path, monkeypatch):
+    """A lease that runs out between two looks of one claim: what stands behind it stays there."""
+    with sqlspace.open(tmp_path / "queue.db", sync=False) as store:
+        now = clock.now()
+        monkeypatch.setattr(clock, "now", lambda: now)
+        first = store.push("k", b"1")
+        store.push("k", b"2", delay=1.0)
+        store.claim("k", 0, lease=10.0)
+        now += 2_000_000
+        catch_up = entries.catch_up
+
+        def slow(*words):
+            nonlocal now
+            tokens = catch_up(*words)
+            now += 20_000_000
+            return tokens
+
+        monkeypatch.setattr(entries, "catch_up", slow)
+        delivery = store.claimp("k", ordered=True)
+        assert delivery is None or delivery.seq == first
+        delivery = delivery or store.claimp("k", ordered=True)
+        assert delivery.seq == first
 
 
 @pytest.mark.once

@@ -9,8 +9,8 @@ The lines, words parted by blanks:
 
     wall OFFSET                        the wall clock less the monotonic one, when the log began
     B TIME claim LIMIT KEY             claims up to so many
-    E TIME claim TOKEN SEQ ATTEMPTS DEADLINE PAYLOAD, …   with these; the lease's end on this clock
-    B TIME WAY DELAY TOKEN …           settles; WAY: ack, nack, tx (ack and push a follow-up), undone
+    E TIME claim TOKEN SEQ ATTEMPTS DEADLINE PAYLOAD, …   these; the lease's end on this clock
+    B TIME WAY DELAY TOKEN …           settles; WAY: ack, nack, tx (with a follow-up), undone
     E TIME WAY RESULT FOLLOW DEADLINE …   RESULT: ok, lost (LeaseError); each lease's end as known
     error TEXT                         what should never be
 
@@ -18,6 +18,7 @@ Everything here takes O(n log n).
 """
 
 import bisect
+import itertools
 import json
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
@@ -187,13 +188,11 @@ class Judge:
     def ended_by(self, token, *results):
         """The settlings of a lease that may have ended it."""
         return [
-            each
-            for each in self.of_token[token]
-            if each.way != "undone" and each.result in results
+            each for each in self.of_token[token] if each.way != "undone" and each.result in results
         ]
 
     def judge_settlings(self):
-        """A LeaseError is explained by a lease whose time was over; and no lease is settled then."""
+        """A LeaseError is explained by a lease whose time was over; and no other settling was."""
         for settling in self.settlings:
             seqs = [self.claims[token].seq for token in settling.tokens]
             if settling.result == "lost" and min(settling.deadlines) > settling.ended + self.slack:
@@ -220,11 +219,11 @@ class Judge:
         numbers = [claim.attempts for claim in claims]
         row = self.rows.get(seq)
         last = row.attempts if row is not None else 0
-        if len(set(numbers)) != len(numbers) or (numbers and not 1 <= numbers[0]):
+        if len(set(numbers)) != len(numbers) or (numbers and numbers[0] < 1):
             self.say(f"entry {seq}: attempts do not grow by one: {numbers}")
         if numbers and numbers[-1] > last:
             self.say(f"entry {seq}: {numbers[-1]} attempts, of which the file counts {last}")
-        for earlier, later in zip(claims, claims[1:], strict=False):
+        for earlier, later in itertools.pairwise(claims):
             if later.ended < self.held[earlier.token] - self.slack:
                 self.say(f"entry {seq}: leased again while it was leased")
         acks = [
