@@ -162,11 +162,12 @@ UPDATE sqlspace_entries
    SET state = 3, payload = NULL, headers = NULL, taken_at = ?1, taken_no = {NEXT_TAKEN}
  WHERE seq = ?3 AND seq = {HEAD}
 """
+# Attempts tell whether others have claimed it since, and given it back: then it was read too early.
 LEASE = f"""
 UPDATE sqlspace_entries
    SET state = 2, deadline = ?1 + ?4, lease = ?4, token = ?5, attempts = attempts + 1,
        max_attempts = ?6
- WHERE seq = ?3 AND seq = {HEAD}
+ WHERE seq = ?3 AND seq = {HEAD} AND attempts = ?7
 """
 LEASE_ONE_OF_MANY = """
 UPDATE sqlspace_entries
@@ -446,7 +447,7 @@ def lease(done: list[Any], connection: Connection, grant: Grant, max_attempts: i
     """Lease its head, if it still is one; `connection.changes()` tells."""
     head = grant.head
     row = (grant.since, head.key, head.seq, grant.micros, grant.token, max_attempts)
-    run(done, connection, LEASE, row)
+    run(done, connection, LEASE, (*row, head.attempts))
 
 
 def lease_all(

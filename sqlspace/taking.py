@@ -76,12 +76,19 @@ class Grab:
         return self.got
 
     def _probe(self, connection: Connection) -> bool:
-        return self._find(connection, ())
+        return self._find(connection, clock.now())
 
-    def _find(self, connection: Connection, caught: Iterable[str]) -> bool:
-        """Find the head, or a key that must be caught up with first; False: there is none."""
+    def _find(self, connection: Connection, now: int, caught: Iterable[str] = ()) -> bool:
+        """Find the head, or a key that must be caught up with first; False: there is none.
+
+        Args:
+            connection: For writing.
+            now: The time.
+            caught: Keys that have been caught up with, as of that very time: else what comes due
+                meanwhile would be passed over for what stands behind it.
+        """
         self._due = None
-        now = self._now = clock.now()
+        self._now = now
         for key in self.keys:
             found = entries.heads(connection, key, now, 1)
             late = found[0].due if found else entries.due(connection, key, now)
@@ -131,6 +138,7 @@ class Grab:
             if self._due is not None:
                 if not connection.in_transaction:
                     connection.execute("BEGIN IMMEDIATE")
+                    self._now = clock.now()
                 self._tokens += entries.catch_up(connection, self._due, self._now)
                 caught.append(self._due)
             else:
@@ -138,8 +146,10 @@ class Grab:
                 self.got = bool(connection.changes())
                 if self.got:
                     return
-                self._done.clear()  # others were faster
-            if not self._find(connection, caught):
+                self._done.clear()  # others were faster, or its time to live is over
+                caught.clear()
+                self._now = clock.now()
+            if not self._find(connection, self._now, caught):
                 return
 
     def _mark(self, connection: Connection) -> None:
@@ -204,13 +214,14 @@ class Claim(Grab, Generic[D]):
     def _get(self, connection: Connection) -> None:
         if self._wanted.ordered:  # nothing may change between the look and the lease
             connection.execute("BEGIN IMMEDIATE")
-            if not self._find(connection, ()):
+            if not self._find(connection, clock.now()):
                 return
         super()._get(connection)
 
     def _mark(self, connection: Connection) -> None:
         micros = self._wanted.micros
-        self._grant = Grant(self.head, os.urandom(16), micros, self._now + micros)
+        # The wait for the turn to write is no part of the lease.
+        self._grant = Grant(self.head, os.urandom(16), micros, clock.now() + micros)
         self.delivery = self._deliver(self._grant)
         entries.lease(self._done, connection, self._grant, self._wanted.max_attempts)
 
