@@ -55,7 +55,7 @@ def raw_push(execute: Any, payload: bytes) -> None:
 
 def raw_pull(execute: Any) -> bytes:
     now = now_micros()
-    head: Any = execute(entries.SELECT_HEADS, (now, KEY, 1)).fetchall()
+    head: Any = execute(entries.SELECT_HEAD, (now, KEY)).fetchall()
     execute(entries.TAKE, (now, KEY, head[0][0]))
     return bytes(head[0][2])
 
@@ -76,7 +76,7 @@ def raw(path: str, sync: bool) -> Side:
     def claim(times: int) -> None:
         for _ in range(times):
             now = now_micros()
-            head: Any = execute(entries.SELECT_HEADS, (now, KEY, 1)).fetchall()
+            head: Any = execute(entries.SELECT_HEAD, (now, KEY)).fetchall()
             seq, token = head[0][0], os.urandom(16)
             execute(entries.LEASE, (now, KEY, seq, LEASE_SECONDS * 1_000_000, token, None))
             leased.append((seq, token))

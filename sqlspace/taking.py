@@ -72,26 +72,24 @@ class Grab:
 
     def run(self) -> bool:
         """Make the attempt; whether there was one."""
-        self.database.write(self._step, probe=self._probe, undo=self.undo, besides=self._waiter)
+        self.database.write(self._step, probe=self._find, undo=self.undo, besides=self._waiter)
         return self.got
 
-    def _probe(self, connection: Connection) -> bool:
-        return self._find(connection, ())
-
-    def _find(self, connection: Connection, caught: Iterable[str]) -> bool:
+    def _find(self, connection: Connection, caught: Sequence[str] = ()) -> bool:
         """Find the head, or a key that must be caught up with first; False: there is none."""
         self._due = None
         now = self._now = clock.now()
         for key in self.keys:
-            found = entries.heads(connection, key, now, 1)
-            late = found[0].due if found else entries.due(connection, key, now)
-            if late and key not in caught:
-                self._due = key
-                return True
-            if found and not self._is_barred(connection, found[0]):
+            head, late = entries.look(connection, key, now)
+            if late:
+                if key not in caught:
+                    self._due = key
+                    return True
+                head = next(iter(entries.heads(connection, key, now, 1)), None)
+            if head is not None and not self._is_barred(connection, head):
                 if self._accept is not None:
-                    self._accept(found[0])
-                self.head = found[0]
+                    self._accept(head)
+                self.head = head
                 return True
         return False
 
@@ -204,7 +202,7 @@ class Claim(Grab, Generic[D]):
     def _get(self, connection: Connection) -> None:
         if self._wanted.ordered:  # nothing may change between the look and the lease
             connection.execute("BEGIN IMMEDIATE")
-            if not self._find(connection, ()):
+            if not self._find(connection):
                 return
         super()._get(connection)
 
@@ -316,9 +314,7 @@ def caught_up(connection: Connection, key: str, now: int, limit: int) -> list[st
 def any_ready(connection: Connection, keys: Iterable[str]) -> bool:
     """Whether there is something to take, or to catch up with."""
     now = clock.now()
-    return any(
-        entries.heads(connection, key, now, 1) or entries.due(connection, key, now) for key in keys
-    )
+    return any(entries.look(connection, key, now) != (None, False) for key in keys)
 
 
 # -- waiting
