@@ -47,6 +47,7 @@ __all__ = [
     "heads",
     "lease",
     "lease_all",
+    "look",
     "nack",
     "put",
     "put_back",
@@ -117,18 +118,32 @@ SELECT (SELECT count(*) FROM sqlspace_entries INDEXED BY sqlspace_entries_live
 
 # -- looking for the head
 
-# What was held is not any more, or what stands at the head has expired.
-DUE = f"""
+# What was held is not any more.
+FREED = """
 (EXISTS (SELECT 1 FROM sqlspace_entries INDEXED BY sqlspace_entries_until
           WHERE key = ?2 AND until_at <= ?1 AND state < 3)
  OR EXISTS (SELECT 1 FROM sqlspace_entries INDEXED BY sqlspace_entries_since
-             WHERE key = ?2 AND since_at > ?1 AND state < 3)
+             WHERE key = ?2 AND since_at > ?1 AND state < 3))
+"""
+# The same, or what stands at the head has expired.
+DUE = f"""
+({FREED}
  OR ifnull((SELECT NOT {UNEXPIRED} FROM sqlspace_entries INDEXED BY sqlspace_entries_live
              WHERE key = ?2 AND state = 0 AND state < 3 ORDER BY seq LIMIT 1), 0))
 """
+# What stands first, and whether it has expired; then a row of nothing, if something was freed. One
+# look, for each takes SQLite's lock: a pull of an empty key needed two, and 11 µs instead of 7.
+SELECT_HEAD = f"""
+SELECT seq, key, ifnull(payload, x''), CAST(headers AS BLOB), pushed_at, expires_at, attempts,
+       max_attempts, NOT {UNEXPIRED}
+  FROM sqlspace_entries WHERE seq = (
+    SELECT seq FROM sqlspace_entries INDEXED BY sqlspace_entries_live
+     WHERE key = ?2 AND state = 0 AND state < 3 ORDER BY seq LIMIT 1)
+UNION ALL SELECT NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, 1 WHERE {FREED}
+"""
 SELECT_HEADS = f"""
 SELECT seq, key, ifnull(payload, x''), CAST(headers AS BLOB), pushed_at, expires_at, attempts,
-       max_attempts, {DUE}
+       max_attempts
   FROM sqlspace_entries INDEXED BY sqlspace_entries_live
  WHERE key = ?2 AND state = 0 AND state < 3 AND {UNEXPIRED} ORDER BY seq LIMIT ?3
 """
@@ -326,8 +341,6 @@ class Head(NamedTuple):
     expires_at: int | None
     attempts: int
     max_attempts: int | None
-    due: int
-    """Whether others of its key have come due, and may stand before it."""
 
 
 class Lease(NamedTuple):
@@ -404,6 +417,16 @@ def put(
 # -- looking for the head
 
 
+def look(connection: Connection, key: str, now: int) -> tuple[Head | None, bool]:
+    """The head of `key`, and whether `catch_up` must come first; then it isn't told."""
+    rows: list[Any] = connection.execute(SELECT_HEAD, (now, key)).fetchall()
+    if not rows:
+        return None, key.endswith(DEAD) and bool(connection.execute(SELECT_LAST_OVER, (now,)).get)
+    if rows[-1][8]:
+        return None, True
+    return Head(*rows[0][:8]), False
+
+
 def heads(connection: Connection, key: str, now: int, limit: int) -> list[Head]:
     """The first entries of `key` that stand ready in the file."""
     rows: Any = connection.execute(SELECT_HEADS, (now, key, limit))
@@ -433,7 +456,7 @@ def take(done: list[Any], connection: Connection, head: Head, now: int) -> None:
 
 def put_back(back: list[Any], connection: Connection, head: Head) -> None:
     """Restore what `take` has taken."""
-    run(back, connection, PUT_BACK, head[:8])
+    run(back, connection, PUT_BACK, head)
 
 
 def take_all(connection: Connection, seqs: Sequence[int], now: int, state: int = 3) -> None:

@@ -90,15 +90,16 @@ class Grab:
         self._due = None
         self._now = now
         for key in self.keys:
-            found = entries.heads(connection, key, now, 1)
-            late = found[0].due if found else entries.due(connection, key, now)
-            if late and key not in caught:
-                self._due = key
-                return True
-            if found and not self._is_barred(connection, found[0]):
+            head, late = entries.look(connection, key, now)
+            if late:
+                if key not in caught:
+                    self._due = key
+                    return True
+                head = next(iter(entries.heads(connection, key, now, 1)), None)
+            if head is not None and not self._is_barred(connection, head):
                 if self._accept is not None:
-                    self._accept(found[0])
-                self.head = found[0]
+                    self._accept(head)
+                self.head = head
                 return True
         return False
 
@@ -327,9 +328,7 @@ def caught_up(connection: Connection, key: str, now: int, limit: int) -> list[st
 def any_ready(connection: Connection, keys: Iterable[str]) -> bool:
     """Whether there is something to take, or to catch up with."""
     now = clock.now()
-    return any(
-        entries.heads(connection, key, now, 1) or entries.due(connection, key, now) for key in keys
-    )
+    return any(entries.look(connection, key, now) != (None, False) for key in keys)
 
 
 # -- waiting
