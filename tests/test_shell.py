@@ -1,48 +1,20 @@
 """The file, as SQL: what any SQLite program can do with it while Stores are open and busy.
 
-All SQL here runs in another process: in the `sqlite3` program, where there is one, and in the
-sqlite3 module of Python's own library. Never in this one: a second SQLite library that closes the
-file would drop the POSIX locks of the first.
+All SQL here runs in another process; see `shells`.
 """
 
 import contextlib
 import re
-import shutil
 import subprocess
 import sys
 import threading
 
 import pytest
+from shells import GREETING, PROGRAMS, SECONDS, Shell
 
 import sqlspace
 import sqlspace.waiting
 
-# What stands in for the sqlite3 program: statements from stdin, rows to stdout, -bail.
-STAND_IN = r"""
-import sqlite3, sys
-connection = sqlite3.connect(sys.argv[1], isolation_level=None)
-connection.text_factory = bytes
-script = ""
-for line in sys.stdin:
-    script += line
-    if not sqlite3.complete_statement(script):
-        continue
-    try:
-        rows = connection.execute(script).fetchall()
-    except sqlite3.Error as error:
-        print(f"Error: {error}", file=sys.stderr)
-        sys.exit(1)
-    for row in rows:
-        texts = (b"" if v is None else v if type(v) is bytes else b"%a" % v for v in row)
-        sys.stdout.buffer.write(b"|".join(texts) + b"\n")
-    sys.stdout.flush()
-    script = ""
-connection.close()
-"""
-PROGRAMS = ["sqlite3 module"] + (["sqlite3"] if shutil.which("sqlite3") else [])
-# As README has it: wait for others, and leave checkpoints to a library that is fixed.
-GREETING = "PRAGMA busy_timeout=60000;\nPRAGMA wal_autocheckpoint=0;\n"
-SECONDS = 60  # until a test gives up
 FOR_EVER = 10_000.0
 
 PULLER = f"""
@@ -51,40 +23,6 @@ sqlspace.waiting.LOOK_AGAIN_SECONDS = sqlspace.doorbell.LOOK_AGAIN_SECONDS = {FO
 with sqlspace.open(sys.argv[1]) as store:
     sys.stdout.buffer.write(store.pull("mail", {SECONDS}))
 """
-
-
-class Shell:
-    """One kind of SQLite program, on one file."""
-
-    def __init__(self, program, path):
-        self.command = (
-            [shutil.which("sqlite3"), "-batch", "-bail", "-init", "/dev/null", path]
-            if program == "sqlite3"
-            else [sys.executable, "-c", STAND_IN, path]
-        )
-
-    def start(self):
-        return subprocess.Popen(
-            self.command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def attempt(self, sql):
-        """Its output's lines, and its complaint."""
-        with self.start() as process:
-            out, complaint = process.communicate(GREETING + sql + "\n", timeout=SECONDS)
-        assert (process.returncode != 0) == bool(complaint), (process.returncode, complaint)
-        greeted, lines = out.splitlines()[:2], out.splitlines()[2:]
-        assert greeted == ["60000", "0"]
-        return lines, complaint
-
-    def __call__(self, sql):
-        lines, complaint = self.attempt(sql)
-        assert not complaint
-        return lines
 
 
 @pytest.fixture
