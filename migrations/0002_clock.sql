@@ -32,10 +32,10 @@ DROP INDEX sqlspace_entries_expiring;
 -- No -- inside of these: behind one, a .dump that is read back has a newline that makes it differ.
 CREATE INDEX sqlspace_entries_until ON sqlspace_entries (key, until_at)
   /* What is held, by its end. */
-  WHERE until_at IS NOT NULL;
+  WHERE until_at IS NOT NULL AND state < 3;
 CREATE INDEX sqlspace_entries_since ON sqlspace_entries (key, since_at)
   /* And by its beginning, for a clock that has jumped back. */
-  WHERE since_at IS NOT NULL;
+  WHERE since_at IS NOT NULL AND state < 3;
 CREATE INDEX sqlspace_entries_expiring ON sqlspace_entries (expires_at)
   /* What expires, over all keys: nobody may ever ask for its key again. */
   WHERE expires_at IS NOT NULL AND state < 3;
@@ -44,10 +44,10 @@ CREATE INDEX sqlspace_entries_lives ON sqlspace_entries (lives_since)
   WHERE lives_since IS NOT NULL AND state < 3;
 CREATE INDEX sqlspace_entries_last ON sqlspace_entries (deadline)
   /* The leases of last attempts, over all keys. */
-  WHERE deadline IS NOT NULL AND attempts >= max_attempts;
+  WHERE deadline IS NOT NULL AND attempts >= max_attempts AND state < 3;
 CREATE INDEX sqlspace_entries_last_since ON sqlspace_entries (since_at)
   /* The same, for a clock that has jumped back. */
-  WHERE deadline IS NOT NULL AND attempts >= max_attempts;
+  WHERE deadline IS NOT NULL AND attempts >= max_attempts AND state < 3;
 
 -- The views say what the clock says now. What is dead already and not yet moved stands in them
 -- under KEY/dead, with the number that it had.
@@ -95,7 +95,7 @@ CREATE VIEW sqlspace_live (seq, key, state, pushed, due, expires, lease_ends, at
     payload,
     headers
   FROM sqlspace_entries INDEXED BY sqlspace_entries_last, clock
-  WHERE deadline IS NOT NULL AND attempts >= max_attempts
+  WHERE deadline IS NOT NULL AND attempts >= max_attempts AND state < 3
     AND (until_at <= now OR since_at > now)
     AND (expires_at IS NULL OR expires_at > deadline OR expires_at > now AND lives_since <= now);
 
@@ -158,7 +158,7 @@ CREATE VIEW sqlspace_keys (key, ready, leased, delayed, oldest_seconds, bytes) A
     UNION ALL
     SELECT key || '/dead', 1, 0, 0, pushed_at, length(payload), now
     FROM sqlspace_entries INDEXED BY sqlspace_entries_last, clock
-    WHERE deadline IS NOT NULL AND attempts >= max_attempts
+    WHERE deadline IS NOT NULL AND attempts >= max_attempts AND state < 3
       AND (until_at <= now OR since_at > now)
       AND (expires_at IS NULL OR expires_at > deadline OR expires_at > now AND lives_since <= now)
   )
