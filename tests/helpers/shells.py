@@ -18,26 +18,31 @@ __all__ = ["GREETING", "PROGRAMS", "SECONDS", "Shell", "install"]
 STAND_IN = r"""
 import sqlite3, sys
 
-connection = sqlite3.connect(sys.argv[1], isolation_level=None)
+headed = sys.argv[1] == "-header"
+path, *arguments = sys.argv[1 + headed :]
+connection = sqlite3.connect(path, isolation_level=None)
 connection.text_factory = bytes
 
 def run(statement):
     try:
-        rows = connection.execute(statement).fetchall()
+        cursor = connection.execute(statement)
+        rows = cursor.fetchall()
     except sqlite3.Error as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(1)
+    if headed and rows:
+        rows.insert(0, [column[0].encode() for column in cursor.description])
     for row in rows:
         texts = (b"" if v is None else v if type(v) is bytes else b"%a" % v for v in row)
         sys.stdout.buffer.write(b"|".join(texts) + b"\n")
     sys.stdout.flush()
 
 def pieces():
-    for text in sys.argv[2:]:
+    for text in arguments:
         # Up to each semicolon, for what there is of a statement is not complete before one.
         yield from text.strip().rstrip(";").replace(";", ";\0").split("\0")
         yield ";"
-    if not sys.argv[2:]:
+    if not arguments:
         yield from sys.stdin
 
 script = ""
