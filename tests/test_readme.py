@@ -163,10 +163,48 @@ def test_every_error_is_named():
 def test_the_rooms_that_the_page_shows_are_there():
     """The last section is the map of the house."""
     inside = README.partition("## Inside")[2]
-    rooms = re.findall(r"`(\w+)`", inside)
+    rooms = re.findall(r"`([a-z]+)`", inside)
     assert len(rooms) > 10
     for room in rooms:
         assert (ROOT / "sqlspace" / f"{room}.py").is_file(), room
+
+
+# -- what the page says without code
+
+ALCHEMIST = """
+import logging, sqlalchemy
+logging.getLogger("sqlspace").addHandler(logging.NullHandler())
+engine = sqlalchemy.create_engine(f"sqlite:///{argv[0]}")
+connection = engine.connect()
+if argv[1] == "a statement before":
+    connection.execute(sqlalchemy.text("SELECT 1"))
+sqlspace.push_on(connection.connection.driver_connection, "mail", b"x")
+connection.commit()
+tell("committed")
+hear()
+connection.close()
+engine.dispose()
+tell("closed")
+"""
+
+
+@pytest.mark.parametrize("what", ["a statement before", "nothing before"])
+def test_what_only_the_driver_began_sqlalchemy_does_not_commit(child, tmp_path, what):
+    """The write lock stays held, and in the end all is rolled back; a statement before cures it."""
+    path = str(tmp_path / "shop.db")
+    sqlspace.open(path).close()
+    alchemist = child(ALCHEMIST, path, what)
+    alchemist.expect("committed")
+    with sqlspace.open(path, busy_timeout=0.01 if what.startswith("nothing") else 30) as store:
+        if what.startswith("nothing"):
+            with pytest.raises(sqlspace.BusyError):
+                store.push("mail", b"y")
+        else:
+            assert store.pull("mail", 0) == b"x"
+        alchemist.tell()
+        alchemist.expect("closed")
+        alchemist.finish()
+        assert store.len("mail") == 0
 
 
 # -- the tests above see what is wrong

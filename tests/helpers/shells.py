@@ -99,9 +99,7 @@ def install(program, folder):
     if program == "sqlite3":
         place.symlink_to(shutil.which("sqlite3"))
         return
-    place.with_suffix(".py").write_text(STAND_IN, encoding="utf-8")
-    place.write_text(
-        f'#!/bin/sh\nexec "{sys.executable}" "{place.with_suffix(".py")}" "$@"\n',
-        encoding="utf-8",
-    )
+    source = place.with_name("stand_in.py")
+    source.write_text(STAND_IN, encoding="utf-8")
+    place.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{source}" "$@"\n', encoding="utf-8")
     os.chmod(place, 0o755)
