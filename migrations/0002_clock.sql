@@ -13,33 +13,40 @@
 -- An end that lies further ahead than twice its length and a minute was set by a clock that has
 -- jumped back since, and is over. So each end has a time before which it isn't believed.
 
-ALTER TABLE sqlspace_entries ADD COLUMN until_at INTEGER
-               /* states 1 and 2: what holds it ends then */
-               AS (ifnull(deadline, due_at)) VIRTUAL;
+-- SQLite puts a new column in front of the comma behind the last one, and so in front of that one's
+-- comment, in the text that `.schema` shows. Hence the comments that name their columns.
+ALTER TABLE sqlspace_entries ADD COLUMN until_at INTEGER AS (ifnull(deadline, due_at)) VIRTUAL
+  /* until_at:    state 1: the end of the push's delay; 2: of the lease, or of a nack's delay (in
+                  due_at and delay, as a push's) */;
 ALTER TABLE sqlspace_entries ADD COLUMN since_at INTEGER
-               /* a clock before that has jumped back: what holds it is over */
-               AS (ifnull(deadline - 2 * lease, due_at - 2 * delay) - 60000000) VIRTUAL;
+               AS (ifnull(deadline - 2 * lease, due_at - 2 * delay) - 60000000) VIRTUAL
+  /* since_at:    a clock before that has jumped back: what holds it is over */;
 ALTER TABLE sqlspace_entries ADD COLUMN lives_since INTEGER
-               /* the same for its time to live */
-               AS (2 * pushed_at - expires_at - 60000000) VIRTUAL;
+               AS (2 * pushed_at - expires_at - 60000000) VIRTUAL
+  /* lives_since: the same for its time to live: it is over */
+  /* taken_no: */;
 
 DROP INDEX sqlspace_entries_due;
 DROP INDEX sqlspace_entries_leased;
 DROP INDEX sqlspace_entries_expiring;
--- What is held, by its end; and by its beginning, for a clock that has jumped back.
+-- No -- inside of these: behind one, a .dump that is read back has a newline that makes it differ.
 CREATE INDEX sqlspace_entries_until ON sqlspace_entries (key, until_at)
+  /* What is held, by its end. */
   WHERE until_at IS NOT NULL AND state < 3;
 CREATE INDEX sqlspace_entries_since ON sqlspace_entries (key, since_at)
+  /* And by its beginning, for a clock that has jumped back. */
   WHERE since_at IS NOT NULL AND state < 3;
--- What expires, over all keys: nobody may ever ask for its key again.
 CREATE INDEX sqlspace_entries_expiring ON sqlspace_entries (expires_at)
+  /* What expires, over all keys: nobody may ever ask for its key again. */
   WHERE expires_at IS NOT NULL AND state < 3;
 CREATE INDEX sqlspace_entries_lives ON sqlspace_entries (lives_since)
+  /* The same, for a clock that has jumped back. */
   WHERE lives_since IS NOT NULL AND state < 3;
--- The leases of last attempts, over all keys.
 CREATE INDEX sqlspace_entries_last ON sqlspace_entries (deadline)
+  /* The leases of last attempts, over all keys. */
   WHERE deadline IS NOT NULL AND attempts >= max_attempts AND state < 3;
 CREATE INDEX sqlspace_entries_last_since ON sqlspace_entries (since_at)
+  /* The same, for a clock that has jumped back. */
   WHERE deadline IS NOT NULL AND attempts >= max_attempts AND state < 3;
 
 -- The views say what the clock says now. What is dead already and not yet moved stands in them
@@ -49,7 +56,9 @@ DROP VIEW sqlspace_keys;
 DROP VIEW sqlspace_live;
 
 CREATE VIEW sqlspace_live (seq, key, state, pushed, due, expires, lease_ends, attempts, bytes, payload, headers) AS
-  -- The live entries, each in its state, with times (UTC) that a person can read.
+  -- The live entries, each in its state, with times (UTC) that a person can read. What the clock
+  -- says counts, whatever `state` of the table says: 'leased' until lease_ends, 'delayed' until due,
+  -- else 'ready'; what has expired isn't here, and what is dead and not yet moved is under KEY/dead.
   WITH clock (now) AS (SELECT CAST((julianday('now') - 2440587.5) * 86400000000 AS INTEGER))
   SELECT
     seq,

@@ -37,7 +37,8 @@ class Delivery:
 
     As a context manager it renews its lease by itself while the block runs, acks at the end of the
     block, and nacks when an exception leaves it, KeyboardInterrupt included. After an explicit
-    `ack` or `nack` the end of the block does nothing.
+    `ack` or `nack` the end of the block does nothing. If the lease was lost all the same (the
+    process was frozen, the entry was cleared), the ack at the end raises `LeaseError`.
 
     Attributes:
         key: Under which the entry stands.

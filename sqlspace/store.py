@@ -90,10 +90,10 @@ class Store:
                 leased. None or infinity: never.
             delay: Seconds from now until it is ready; less than ttl. It keeps its place meanwhile.
             dedupe: With the rules of a key. If an entry of `key` has the same one, live or in the
-                history, its seq is returned and nothing is added.
+                history, its seq is returned and nothing is added. Forgotten by put, clear, compact.
             headers: Kept with the entry, and readable without its payload.
             max_len: Wait until `key` holds fewer live entries than that.
-            timeout: Seconds to wait for room; only with max_len. 0: don't.
+            timeout: Seconds to wait for room, None for ever, 0 not at all; only with max_len.
             context: Another bound on that wait; only with max_len.
 
         Returns:
@@ -237,12 +237,17 @@ class Store:
     def remove(self, key: str, seq: int) -> bool:
         """Delete one live entry, ready, delayed or leased; it leaves no tombstone.
 
+        A worker that holds it gets `LeaseError` when it settles.
+
         Args:
             key: Of the entry.
             seq: As `push` returned it.
 
         Returns:
             Whether it was there.
+
+        Raises:
+            ClosedError, StoreError: as `put`.
         """
         key, seq = check_key(key), min(check_int(seq, "seq", 1), entries.NO_SEQ)
         removed = False
@@ -256,7 +261,13 @@ class Store:
         return removed
 
     def clear(self, key: str) -> int:
-        """Delete all live entries of `key`; they leave no tombstones. How many there were."""
+        """Delete all live entries of `key`, also those that are delayed or leased; how many.
+
+        They leave no tombstones. A worker that holds one of them gets `LeaseError` when it settles.
+
+        Raises:
+            ClosedError, StoreError: as `put`.
+        """
         key = check_key(key)
         held = 0
 
@@ -291,10 +302,14 @@ class Store:
             timeout: As in `pull`.
             lease: Seconds; as a context manager the delivery renews it by itself.
             max_attempts: The entry goes to the dead letters, KEY/dead, when so many claims have
-                come to nothing; the number that its last claim gave counts. None: never.
+                come to nothing; the number that its last claim gave counts. None: never. Needs
+                keys of at most 1,019 bytes, for the /dead behind them.
             ordered: Strictly in order also when entries come back: none of a key, while an earlier
                 one of it is leased or waits out the delay of a `nack`. It binds those who say it.
             context: Another bound on the wait.
+
+        Returns:
+            The delivery, to be settled by `ack` or `nack`, or by the end of its `with` block.
 
         Raises:
             ClosedError, CanceledError, DeadlineError: asked for in this order; nothing was leased.
@@ -358,7 +373,8 @@ class Store:
     ) -> Iterator[Delivery]:
         """Claim one entry after the other, until the store is closed or the context ends.
 
-        Each is the caller's to settle, so the loop's first line is mostly `with delivery:`.
+        Each is the caller's to settle, so the loop's first line is mostly `with delivery:`. An
+        exception that leaves that block gives the entry back, and ends the loop, too.
         """
         keys = _checked_keys(key_or_keys)
         _checked_lease(keys, lease, max_attempts, ordered)
@@ -544,7 +560,10 @@ class Store:
     # -- closing, sharing
 
     def close(self) -> None:
-        """Close the store and end every wait with `ClosedError`; idempotent."""
+        """Close the store and end every wait with `ClosedError`; idempotent.
+
+        Leases stay as they are: what is not settled comes back when they are over.
+        """
         self._database.close()
 
     def __enter__(self) -> Self:

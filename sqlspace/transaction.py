@@ -43,8 +43,9 @@ T = TypeVar("T")
 class Transaction:
     """Verbs that commit together: all of them at the end of the block, or none.
 
-    An exception out of the block rolls all back, and comes through. A verb of the store itself, a
-    verb that waits and another transaction are ValueError in here.
+    An exception out of the block rolls all back, and comes through. A verb that raises has changed
+    nothing by itself: who catches that may go on. A verb of the store itself, one that waits, and
+    another transaction are ValueError in here.
 
     Example:
         with store.claim("orders") as order, store.transaction() as together:

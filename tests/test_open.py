@@ -13,6 +13,7 @@ import uuid
 
 import apsw
 import pytest
+from killed import opens_killed
 
 import sqlspace
 from sqlspace import connection as opener
@@ -225,67 +226,6 @@ def test_eight_processes_open_a_new_path_at_once_and_all_succeed(tmp_path):
             racer.stdout.close()
 
 
-KILLED = """
-import os, signal, sys
-import apsw
-import sqlspace
-
-class Left:
-    events = 0
-
-def happened():
-    Left.events -= 1
-    if Left.events < 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-class File(apsw.VFSFile):
-    def xWrite(self, data, offset):
-        happened()
-        if Left.events == 0 and half:
-            super().xWrite(data[: len(data) // 2], offset)
-            happened()
-        return super().xWrite(data, offset)
-
-    def xTruncate(self, size):
-        happened()
-        return super().xTruncate(size)
-
-    def xSync(self, flags):
-        happened()
-        return super().xSync(flags)
-
-class Vfs(apsw.VFS):
-    def __init__(self):
-        super().__init__("killing", "unix", makedefault=True)
-
-    def xOpen(self, name, flags):
-        happened()
-        return File("unix", name, flags)
-
-    def xDelete(self, name, sync):
-        happened()
-        return super().xDelete(name, sync)
-
-vfs = Vfs()
-folder, half, prepared = sys.argv[1], sys.argv[2] == "half", sys.argv[3]
-for events in range(1000):
-    path = f"{folder}/{events:03}.db"
-    if prepared:
-        with open(prepared, "rb") as source, open(path, "wb") as copy:
-            copy.write(source.read())
-    child = os.fork()
-    if not child:
-        Left.events = events
-        sqlspace.open(path, embed=bool(prepared))
-        os._exit(0)  # with nothing closed
-    _, status = os.waitpid(child, 0)
-    if status == 0:
-        break
-    assert os.WTERMSIG(status) == signal.SIGKILL, status
-print(events)
-"""
-
-
 @pytest.mark.parametrize("half", ["half", "whole"])
 @pytest.mark.parametrize("embed", [False, True])
 def test_a_first_open_that_was_killed_at_any_moment_can_be_opened_again(tmp_path, half, embed):
@@ -296,13 +236,7 @@ def test_a_first_open_that_was_killed_at_any_moment_can_be_opened_again(tmp_path
         make(prepared, "CREATE TABLE app (a); INSERT INTO app VALUES ('theirs')")
     folder = tmp_path / "killed"
     folder.mkdir()
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(folder), half, prepared],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    moments = int(done.stdout)
+    moments = opens_killed(folder, half, prepared)
     assert moments > 15
     for number in range(moments + 1):
         path = f"{folder}/{number:03}.db"
@@ -871,24 +805,6 @@ def test_the_migrations_are_recorded_and_add_up_to_what_is_there(path, tmp_path)
         assert all(row[3] is None for row in rows[1:])
         assert found == schema._expected(len(migrations))
     assert ids[0] != ids[1]
-
-
-def test_each_migration_alone_leads_to_the_next(path):
-    """A file at any earlier version is brought up to date by an open, and keeps its entries."""
-    for version in range(1, len(schema.migrations())):
-        old = f"{path}{version}"
-        database = apsw.Connection(old)
-        for migration in schema.migrations()[:version]:
-            database.execute(migration.sql)
-            first = ("a" * 32, 0) if migration.version == 1 else (None, None)
-            row = (migration.version, migration.name, *first)
-            database.execute(schema.INSERT_VERSION, row)
-        database.execute("INSERT INTO sqlspace_outbox VALUES ('mail', 'old')")
-        database.close()
-        with sqlspace.open(old) as store:
-            assert store.pullp("mail") == b"old"
-    migrations = schema.migrations()
-    assert [migration.version for migration in migrations] == list(range(1, len(migrations) + 1))
 
 
 @pytest.mark.parametrize("there", [(), ("0002_second.sql",), ("0001_a.sql", "0003_c.sql")])

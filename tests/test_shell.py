@@ -1,48 +1,21 @@
 """The file, as SQL: what any SQLite program can do with it while Stores are open and busy.
 
-All SQL here runs in another process: in the `sqlite3` program, where there is one, and in the
-sqlite3 module of Python's own library. Never in this one: a second SQLite library that closes the
-file would drop the POSIX locks of the first.
+All SQL here runs in another process; see `shells`.
 """
 
 import contextlib
 import re
-import shutil
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
+from shells import GREETING, PROGRAMS, SECONDS, Shell
 
 import sqlspace
 import sqlspace.waiting
 
-# What stands in for the sqlite3 program: statements from stdin, rows to stdout, -bail.
-STAND_IN = r"""
-import sqlite3, sys
-connection = sqlite3.connect(sys.argv[1], isolation_level=None)
-connection.text_factory = bytes
-script = ""
-for line in sys.stdin:
-    script += line
-    if not sqlite3.complete_statement(script):
-        continue
-    try:
-        rows = connection.execute(script).fetchall()
-    except sqlite3.Error as error:
-        print(f"Error: {error}", file=sys.stderr)
-        sys.exit(1)
-    for row in rows:
-        texts = (b"" if v is None else v if type(v) is bytes else b"%a" % v for v in row)
-        sys.stdout.buffer.write(b"|".join(texts) + b"\n")
-    sys.stdout.flush()
-    script = ""
-connection.close()
-"""
-PROGRAMS = ["sqlite3 module"] + (["sqlite3"] if shutil.which("sqlite3") else [])
-# As README has it: wait for others, and leave checkpoints to a library that is fixed.
-GREETING = "PRAGMA busy_timeout=60000;\nPRAGMA wal_autocheckpoint=0;\n"
-SECONDS = 60  # until a test gives up
 FOR_EVER = 10_000.0
 
 PULLER = f"""
@@ -51,40 +24,6 @@ sqlspace.waiting.LOOK_AGAIN_SECONDS = sqlspace.doorbell.LOOK_AGAIN_SECONDS = {FO
 with sqlspace.open(sys.argv[1]) as store:
     sys.stdout.buffer.write(store.pull("mail", {SECONDS}))
 """
-
-
-class Shell:
-    """One kind of SQLite program, on one file."""
-
-    def __init__(self, program, path):
-        self.command = (
-            [shutil.which("sqlite3"), "-batch", "-bail", "-init", "/dev/null", path]
-            if program == "sqlite3"
-            else [sys.executable, "-c", STAND_IN, path]
-        )
-
-    def start(self):
-        return subprocess.Popen(
-            self.command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def attempt(self, sql):
-        """Its output's lines, and its complaint."""
-        with self.start() as process:
-            out, complaint = process.communicate(GREETING + sql + "\n", timeout=SECONDS)
-        assert (process.returncode != 0) == bool(complaint), (process.returncode, complaint)
-        greeted, lines = out.splitlines()[:2], out.splitlines()[2:]
-        assert greeted == ["60000", "0"]
-        return lines, complaint
-
-    def __call__(self, sql):
-        lines, complaint = self.attempt(sql)
-        assert not complaint
-        return lines
 
 
 @pytest.fixture
@@ -187,6 +126,239 @@ def test_a_view_takes_no_update_and_no_delete(store, shell, name):
     _, complaint = shell.attempt(f"UPDATE {name} SET key = 'other';")
     assert "cannot modify" in complaint
     assert store.peek("mail") == b"one"
+
+
+# -- what the clock says
+
+MOMENT = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3}"
+LONG = 3600.0
+WORDS = "strftime('%Y-%m-%d %H:%M:%f', {} / 1e6, 'unixepoch')"
+
+
+@pytest.fixture
+def ago(monkeypatch):
+    """Have our own clock stand so many seconds behind the shell's, or before it."""
+
+    def set_clock(seconds):
+        monkeypatch.setattr(
+            "sqlspace.clock.now", lambda: time.time_ns() // 1000 - round(seconds * 1e6)
+        )
+
+    return set_clock
+
+
+def live(shell, columns="key, seq, state, attempts"):
+    return shell(f"SELECT {columns} FROM sqlspace_live ORDER BY key, seq;")
+
+
+def test_a_lease_and_a_delay_stand_in_the_views_with_their_ends(store, shell):
+    """Each state in a word, with the one end that it has; and counted by key."""
+    ready = store.push("mail", b"ready")
+    delayed = store.push("mail", b"late", delay=LONG)
+    leased, nacked = store.push("work", b"1"), store.push("work", b"22")
+    first, second = store.claim("work", lease=LONG), store.claim("work", lease=LONG)
+    second.nack(LONG)
+    assert (first.seq, second.seq) == (leased, nacked)
+    assert live(shell) == [
+        f"mail|{ready}|ready|0",
+        f"mail|{delayed}|delayed|0",
+        f"work|{leased}|leased|1",
+        f"work|{nacked}|delayed|1",
+    ]
+    ends = [row.split("|") for row in live(shell, "due, expires, lease_ends")]
+    shapes = [tuple(bool(re.fullmatch(MOMENT, end)) for end in row) for row in ends]
+    due, lease_ends = (True, False, False), (False, False, True)
+    assert shapes == [(False, False, False), due, lease_ends, due]
+    assert shell("SELECT key, ready, leased, delayed, bytes FROM sqlspace_keys ORDER BY key;") == [
+        "mail|1|0|1|9",
+        "work|0|1|1|3",
+    ]
+    assert shell("SELECT count(*) FROM sqlspace_outbox;") == ["4"]
+
+
+def test_the_ends_in_words_are_those_in_the_table(store, shell):
+    """Which entry they belong to, and UTC: what the row says, spelled out."""
+    store.push("mail", b"", delay=LONG, ttl=2 * LONG)
+    store.push("work", b"", ttl=3 * LONG)
+    store.claim("work", lease=LONG)
+    rows = zip(
+        live(shell, "pushed, due, expires, lease_ends"),
+        shell(
+            "SELECT "
+            + ", ".join(map(WORDS.format, ("pushed_at", "due_at", "expires_at", "deadline")))
+            + " FROM sqlspace_entries ORDER BY key, seq;"
+        ),
+        strict=True,
+    )
+    for shown, written in rows:
+        assert shown == written
+        assert len(re.findall(MOMENT, shown)) == 3
+
+
+def test_what_has_expired_is_in_no_view_before_anybody_has_looked(store, shell, ago):
+    """The row is still there; the clock has decided. A lease keeps what it holds."""
+    ago(LONG)
+    leased = store.push("mail", b"leased", ttl=1.0)
+    store.claim("mail", lease=2 * LONG)
+    store.push("mail", b"gone", ttl=1.0)
+    store.push("mail", b"delayed, and gone", delay=1.0, ttl=2.0)
+    store.push("mail", b"given back, and gone", ttl=2.0)
+    assert [store.claim("mail", lease=1.0).nack(delay) for delay in (0, 1.0)] == [None, None]
+    kept = store.push("mail", b"kept", ttl=2 * LONG)
+    assert live(shell) == [f"mail|{leased}|leased|1", f"mail|{kept}|ready|0"]
+    assert shell("SELECT key, ready, leased, delayed FROM sqlspace_keys;") == ["mail|1|1|0"]
+    assert shell("SELECT payload FROM sqlspace_outbox ORDER BY payload;") == ["kept", "leased"]
+    assert shell("SELECT count(*) FROM sqlspace_entries WHERE state < 3;") == ["5"]
+    assert shell("SELECT count(*) FROM sqlspace_tombstones;") == ["0"]
+
+
+def test_what_has_come_due_is_ready_before_anybody_has_looked(store, shell, ago):
+    """A delay, a lease and a nack's delay that are over; and ended ends are not shown."""
+    ago(LONG)
+    seqs = [store.push("mail", b"delayed", delay=1.0), *store.push_many("work", [b"1", b"2"])]
+    store.claim("work", lease=1.0)
+    store.claim("work", lease=1.0).nack(1.0)
+    assert live(shell) == [
+        f"mail|{seqs[0]}|ready|0",
+        f"work|{seqs[1]}|ready|1",
+        f"work|{seqs[2]}|ready|1",
+    ]
+    assert live(shell, "due, expires, lease_ends") == ["||"] * 3
+    assert shell("SELECT key, ready, leased, delayed FROM sqlspace_keys ORDER BY key;") == [
+        "mail|1|0|0",
+        "work|2|0|0",
+    ]
+    assert shell("SELECT count(*) FROM sqlspace_entries WHERE state IN (1, 2);") == ["3"]
+
+
+def test_a_last_lease_that_a_clock_set_which_has_jumped_back_is_over(store, shell, ago):
+    """Its time to live, set before the jump, is not over: so the entry is dead, and not expired."""
+    seq = store.push("work", b"", ttl=1000.0)
+    ago(-700)
+    store.claim("work", lease=500.0, max_attempts=1)  # beyond the time to live
+    assert live(shell) == [f"work/dead|{seq}|ready|1"]
+    assert shell("SELECT key, ready, leased, delayed FROM sqlspace_keys;") == ["work/dead|1|0|0"]
+    ago(0)
+    assert store.len("work/dead") == 1
+
+
+def test_what_is_dead_and_not_yet_moved_stands_under_the_dead_key(store, shell, ago):
+    """As it will be when somebody comes by; with its number and headers, until then."""
+    ago(LONG)
+    dead = store.push("work", b"poison", headers={"from": "me"}, ttl=LONG / 2)
+    store.claim("work", lease=1.0, max_attempts=1)
+    spare = store.push("work", b"once more")
+    store.claim("work", lease=1.0, max_attempts=2)
+    # It expired while it was leased for the last time: that is no death.
+    store.push("work", b"gone", ttl=0.5)
+    store.claim("work", lease=1.0, max_attempts=1)
+    columns = "key, seq, state, due, expires, lease_ends, attempts, bytes, payload, headers"
+    assert live(shell, columns) == [
+        f"work|{spare}|ready||||1|9|once more|",
+        f'work/dead|{dead}|ready||||1|6|poison|{{"from":"me"}}',
+    ]
+    asked = "SELECT key, ready, leased, delayed, bytes FROM sqlspace_keys ORDER BY key;"
+    assert shell(asked) == ["work|1|0|0|9", "work/dead|1|0|0|6"]
+    assert shell("SELECT key FROM sqlspace_outbox ORDER BY key;") == ["work", "work/dead"]
+    ago(0)
+    assert store.peek("work/dead") == b"poison"  # moves it
+    (moved,) = store.entries("work/dead")
+    assert moved.seq > dead
+    assert live(shell)[-1] == f"work/dead|{moved.seq}|ready|0"
+    assert shell(asked) == ["work|1|0|0|9", "work/dead|1|0|0|6"]
+    assert f"{dead}|work|dead" in shell("SELECT seq, key, outcome FROM sqlspace_tombstones;")
+
+
+def test_the_last_lease_is_a_lease_until_it_is_over(store, shell):
+    """Only then it is dead."""
+    seq = store.push("work", b"")
+    store.claim("work", lease=LONG, max_attempts=1)
+    assert live(shell) == [f"work|{seq}|leased|1"]
+
+
+def test_the_tombstones_view_names_each_outcome(store, shell):
+    """In the order of taking; what goes by put, clear and remove leaves nothing."""
+    seqs = dict(zip("tadxpcr", range(1, 8), strict=True))
+    assert [store.push(key, b"") for key in seqs] == list(seqs.values())
+    store.put("p", b"")
+    store.clear("c")
+    store.remove("r", seqs["r"])
+    store.pull("t")
+    store.claim("a").ack()
+    store.claim("d", max_attempts=1).nack()
+    claimed = store.push("e", b"", ttl=1e-6)
+    store.put("e", b"")  # carries out what has expired
+    assert shell("SELECT seq, key, outcome FROM sqlspace_tombstones;") == [
+        f"{seqs['t']}|t|taken",
+        f"{seqs['a']}|a|acked",
+        f"{seqs['d']}|d|dead",
+        f"{claimed}|e|expired",
+    ]
+
+
+@pytest.mark.parametrize(("when", "seconds"), [("now", 0), ("later", LONG), ("before", -300.0)])
+def test_the_views_say_of_every_entry_what_the_store_says(store, shell, ago, when, seconds):
+    """All combinations of what an entry can have, also when the clock has jumped back since."""
+    ago(seconds)
+    for held in ("nothing", "delay", "lease", "last lease", "nack", "nack of 0"):
+        for ttl in (None, 30.0, 200.0, 2 * LONG):
+            for length in (20.0, 100.0, 1.5 * LONG):
+                if ttl is not None and held == "delay" and length >= ttl:
+                    continue
+                key = f"{held} {ttl} {length}"
+                delay = length if held == "delay" else None
+                store.push(key, b"x", ttl=ttl, delay=delay, headers={"key": key})
+                if "lease" in held or "nack" in held:
+                    most = 1 if held == "last lease" else 5
+                    claimed = store.claim(key, lease=length, max_attempts=most)
+                    if "nack" in held:
+                        claimed.nack(0 if held.endswith("0") else length)
+    ago(0)
+    in_views = live(
+        shell,
+        "key, state, attempts, bytes, due IS NULL, expires IS NULL, lease_ends IS NULL, payload, "
+        "headers",
+    )
+    counted = shell("SELECT key, ready, leased, delayed, bytes FROM sqlspace_keys ORDER BY key;")
+    words = dict.fromkeys(row.split("|")[1] for row in in_views)
+    assert set(words) == {"ready", "delayed", "leased"}
+    stats = store.stats().keys  # moves the dead, under new numbers
+    entries = [entry for key in stats for entry in store.entries(key)]
+    dead = {row.split("|")[0] for row in in_views if "/dead|" in row}
+    assert bool(dead) == (when != "now")
+    assert dead == {entry.key for entry in entries if entry.key.endswith("/dead")}
+    said = [
+        f"{e.key}|{e.state}|{e.attempts}|{len(e.payload)}|{e.due_at is None:d}|"
+        f"{e.expires_at is None:d}|{e.deadline is None:d}"
+        for e in entries
+    ]
+    shown = [row.rsplit("|", 2)[0] for row in in_views]
+    # An entry under a dead key was never claimed there.
+    assert [re.sub(r"(/dead\|ready)\|1", r"\1|0", row) for row in shown] == said
+    for row in in_views:
+        key = row.split("|")[0].removesuffix("/dead")
+        assert row.endswith(f'|x|{{"key":"{key}"}}')
+    assert counted == [
+        f"{key}|{found.ready}|{found.leased}|{found.delayed}|{found.bytes}"
+        for key, found in stats.items()
+        if found.ready + found.leased + found.delayed
+    ]
+
+
+def test_every_column_is_explained_where_the_shell_shows_the_schema(shell):
+    """`.schema` is the reference of the file: a comment behind each name that needs one."""
+    (text,) = shell(
+        "SELECT replace(sql, char(10), char(1)) FROM sqlite_schema WHERE name = 'sqlspace_entries';"
+    )
+    lines = text.split("\x01")
+    explained = {
+        match[1] for line in lines if (match := re.match(r"\s+(?:/\* )?(\w+)\b.*(?:--|: )", line))
+    }
+    names = set(shell("SELECT name FROM pragma_table_xinfo('sqlspace_entries');"))
+    evident = {"pushed_at", "attempts", "max_attempts", "state"}
+    assert names - explained <= evident
+    assert any(re.search(r"-- +live: 0 ready, 1 delayed, 2 leased", line) for line in lines)
+    assert max(map(len, lines)) <= 100
 
 
 # -- pushing
