@@ -19,6 +19,7 @@ import apsw
 
 from . import connection, schema
 from .arguments import check_key
+from .entries import DEAD
 from .errors import StoreError
 from .mounts import network_file_system
 from .store import Store, open_existing
@@ -36,6 +37,11 @@ SELECT count(*) FROM sqlspace_entries
             THEN json_type(headers) <> 'object'
                  OR EXISTS (SELECT 1 FROM json_each(headers) WHERE type <> 'text')
             ELSE headers IS NOT NULL END
+"""
+# Those that are dead but not moved yet are among them.
+SELECT_DEAD = """
+SELECT CAST(key AS BLOB), ready + leased + delayed FROM sqlspace_keys
+ WHERE substr(CAST(key AS BLOB), -5) = x'2f64656164' ORDER BY 2 DESC
 """
 # More than 10 say no more than 10.
 CHECK_INTEGRITY = "PRAGMA integrity_check(10)"
@@ -231,14 +237,27 @@ def _content(store: Store) -> Iterator[Finding]:
         yield _ok("keys", "all are valid")
     if broken := read(COUNT_BAD_HEADERS)[0][0]:
         yield _problem("headers", f"those of {broken:,} entries are no JSON object of strings")
-    found = store.stats()
-    free = found.free_pages * found.page_bytes
-    text = f"{found.free_pages:,} ({_kib(free)})"
-    if free > max(_MUCH_FREE_BYTES, found.file_bytes // 2):
+    yield _dead_letters(read(SELECT_DEAD))
+    # Not by Store.stats(), which has the dead moved first.
+    free_pages = read("PRAGMA freelist_count")[0][0]
+    free = free_pages * read("PRAGMA page_size")[0][0]
+    text = f"{free_pages:,} ({_kib(free)})"
+    if free > max(_MUCH_FREE_BYTES, store._database.sizes()[0] // 2):  # noqa: SLF001
         text += ", more than half of the file: sqlspace compact gives them back"
         yield _warning("free pages", text)
     else:
         yield _ok("free pages", text)
+
+
+def _dead_letters(found: list[tuple[bytes, int]]) -> Finding:
+    if not found:
+        return _ok("dead letters", "none")
+    total = sum(number for _, number in found)
+    most = found[0][0].decode(errors="backslashreplace").removesuffix(DEAD)
+    text = (
+        f"{total:,}, of {len(found):,} keys, most of them of {most!a}: sqlspace dead DATABASE KEY "
+    )
+    return _warning("dead letters", text + "shows them, its --requeue moves them back")
 
 
 def _is_nameable(key: bytes) -> bool:

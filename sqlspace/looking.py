@@ -161,7 +161,7 @@ def check(*, database: str, as_json: bool, opening: dict[str, Any]) -> None:
 )
 @options.opened
 def top_(*, store: Store, interval: float, once: bool) -> None:
-    """Watch the keys, the fullest and busiest first, until q or Ctrl-C.
+    """Watch the keys, the fullest and the busiest first, until q or Ctrl-C.
 
     How many entries are ready, leased, delayed or dead letters; how many came in and went out, each
     second since the look before; the age of the oldest. A rate with a + is the least that it was:

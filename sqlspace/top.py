@@ -1,7 +1,8 @@
 """The screen of `sqlspace top`: keys, depths and rates, looked at again and again.
 
 What a look costs: `Store.stats` a look at each live entry, the rates one at each entry that came or
-went since the look before. It blocks no writer, and the rest after it is ten times as long.
+went since the look before. So each of the two is followed by a rest ten times as long as it took;
+neither blocks a writer.
 
 Rates over the file are exact: seqs and takings are numbered without gaps. Those of a key are
 counted in the rows that are there, and entries can come and go without leaving any (`clear`, `put`,
@@ -10,6 +11,7 @@ no less.
 """
 
 import contextlib
+import dataclasses
 import math
 import os
 import signal
@@ -79,33 +81,18 @@ class _Flow:
 
 
 @dataclass(frozen=True, slots=True)
-class _Look:
-    """A store at one moment, and since the moment before."""
+class _Flows:
+    """What moved since the look before, and up to where."""
 
-    stats: Stats
     at: float  # monotonic
-    took: float
     last_seq: int
     last_taken: int
-    pushed: _Flow
-    taken: _Flow
-
-    def rows(self) -> list[tuple[str, KeyStats]]:
-        """The keys, those first where most stands or moves."""
-        keys = {*self.stats.keys, *self.pushed.by_key, *self.taken.by_key} - {""}
-
-        def weight(key: str) -> int:
-            entries = self.stats.keys.get(key, _NOTHING)
-            moved = self.pushed.by_key[key] + self.taken.by_key[key]
-            return moved + entries.ready + entries.leased + entries.delayed + entries.dead
-
-        ordered = sorted(keys, key=lambda key: (-weight(key), key))
-        return [(key, self.stats.keys.get(key, _NOTHING)) for key in ordered]
+    pushed: _Flow = field(default_factory=_Flow)
+    taken: _Flow = field(default_factory=_Flow)
 
 
-def _look(store: Store, before: _Look | None) -> _Look:
-    database = store._database  # noqa: SLF001  # its connection for browsing
-    begun = time.monotonic()
+def _flows(store: Store, before: _Flows | None) -> _Flows:
+    at = time.monotonic()
 
     def step(connection: Connection) -> tuple[int, int, Counter[Any], Counter[Any]]:
         last_seq: Any = connection.execute(SELECT_LAST_SEQ).get
@@ -117,17 +104,14 @@ def _look(store: Store, before: _Look | None) -> _Look:
         taken: Any = connection.execute(SELECT_TAKEN, (since, last_taken))
         return last_seq, last_taken, Counter(k for (k,) in pushed), Counter(k for (k,) in taken)
 
+    database = store._database  # noqa: SLF001  # its connection for browsing
     last_seq, last_taken, pushed, taken = database.browse(step)
-    stats = store.stats()
-    ended = time.monotonic()
     if before is None:
-        return _Look(stats, begun, ended - begun, last_seq, last_taken, _Flow(), _Flow())
-    seconds = begun - before.at
+        return _Flows(at, last_seq, last_taken)
+    seconds = at - before.at
     new = last_taken - before.last_taken
-    return _Look(
-        stats=stats,
-        at=begun,
-        took=ended - begun,
+    return _Flows(
+        at=at,
         last_seq=last_seq,
         last_taken=last_taken,
         pushed=_Flow(last_seq - before.last_seq, _named(pushed), seconds),
@@ -137,6 +121,52 @@ def _look(store: Store, before: _Look | None) -> _Look:
 
 def _named(counted: Counter[bytes]) -> Counter[str]:
     return Counter({key.decode(errors="backslashreplace"): n for key, n in counted.items()})
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """A store at one moment, and since the moment before."""
+
+    stats: Stats
+    flows: _Flows
+    flows_rest: float
+    stats_rest: float
+    stats_due: float
+
+    def rows(self) -> list[tuple[str, KeyStats]]:
+        """The keys, the fullest and the busiest by turns: either may be what is looked for."""
+        pushed, taken = self.flows.pushed.by_key, self.flows.taken.by_key
+        depths = {key: _held(entries) + entries.dead for key, entries in self.stats.keys.items()}
+        keys = sorted({*depths, *pushed, *taken} - {""})
+        places: dict[str, int] = {}
+        by_depth = sorted(keys, key=lambda key: -depths.get(key, 0))
+        by_moves = sorted((pushed + taken).items(), key=lambda moved: (-moved[1], moved[0]))
+        for place, key in enumerate(by_depth):
+            places[key] = 2 * place
+        for place, (key, _) in enumerate(by_moves):
+            if key:
+                places[key] = min(places[key], 2 * place + 1)
+        keys.sort(key=lambda key: places[key])
+        return [(key, self.stats.keys.get(key, _NOTHING)) for key in keys]
+
+
+def _held(entries: KeyStats) -> int:
+    return entries.ready + entries.leased + entries.delayed
+
+
+def _look(store: Store, interval: float, before: _Look | None) -> _Look:
+    """Look at the flows each time, and at the rest only if that was long enough ago."""
+    begun = time.monotonic()
+    flows = _flows(store, before.flows if before is not None else None)
+    ended = time.monotonic()
+    flows_rest = max(interval, _REST * (ended - begun))
+    if before is not None and ended < before.stats_due:
+        return dataclasses.replace(before, flows=flows, flows_rest=flows_rest)
+    stats = store.stats()
+    stats_rest = _REST * (time.monotonic() - ended)
+    # A look that is due a little later than the flows are is taken with them.
+    due = time.monotonic() + stats_rest - _SHORTEST_SECONDS / 2
+    return _Look(stats, flows, flows_rest, stats_rest, due)
 
 
 # -- drawing
@@ -154,13 +184,14 @@ _COLUMNS = (
     _Column("leased", 4, lambda _look, _key, entries: _count(entries.leased)),
     _Column("delayed", 6, lambda _look, _key, entries: _count(entries.delayed)),
     _Column("dead", 3, lambda _look, _key, entries: _count(entries.dead)),
-    _Column("in/s", 1, lambda look, key, _entries: look.pushed.rate(key)),
-    _Column("out/s", 2, lambda look, key, _entries: look.taken.rate(key)),
+    _Column("in/s", 1, lambda look, key, _entries: look.flows.pushed.rate(key)),
+    _Column("out/s", 2, lambda look, key, _entries: look.flows.taken.rate(key)),
     _Column("oldest", 5, lambda _look, _key, entries: _age(entries)),
     _Column("bytes", 7, lambda _look, _key, entries: terminal.size(entries.bytes)),
 )
 _KEY_COLUMNS = 16  # so much room its name has at least, before there is a column more
 _GAP = 2
+_LOW_LINES = 10  # of a screen that has no room for more of the head than its first line
 
 
 def _count(number: int) -> str:
@@ -168,26 +199,21 @@ def _count(number: int) -> str:
 
 
 def _age(entries: KeyStats) -> str:
-    held = entries.ready + entries.leased + entries.delayed
-    return terminal.age(entries.oldest_age) if held else ""
+    return terminal.age(entries.oldest_age) if _held(entries) else ""
 
 
 def _head(path: str, look: _Look) -> list[Text]:
     keys = look.stats.keys.values()
-    sums = ", ".join(
-        f"{_count(sum(numbers))} {name}"
-        for name, numbers in (
-            ("ready", [entries.ready for entries in keys]),
-            ("leased", [entries.leased for entries in keys]),
-            ("delayed", [entries.delayed for entries in keys]),
-            ("dead", [entries.dead for entries in keys]),
-        )
-    )
+    sums = f"{_count(sum(entries.ready for entries in keys))} ready, "
+    sums += f"{_count(sum(entries.leased for entries in keys))} leased, "
+    sums += f"{_count(sum(entries.delayed for entries in keys))} delayed"
+    if dead := sum(entries.dead for entries in keys):
+        sums += f"; {_count(dead)} of them dead letters"
     stats = look.stats
     sizes = f"file {terminal.size(stats.file_bytes)}, -wal {terminal.size(stats.wal_bytes)}, "
     sizes += f"free {terminal.size(stats.free_pages * stats.page_bytes)}, "
     sizes += f"{_count(stats.tombstones)} tombstones"
-    moved = f"in {look.pushed.rate()}/s, out {look.taken.rate()}/s"
+    moved = f"in {look.flows.pushed.rate()}/s, out {look.flows.taken.rate()}/s"
     return [
         Text(f"{terminal.printable(path)}  {time.strftime('%H:%M:%S')}", "bold"),
         Text(f"{moved}: {sums}"),
@@ -201,15 +227,16 @@ def _table(look: _Look, rows: list[tuple[str, KeyStats]], width: int) -> Table:
     texts = {
         column: [column.cell(look, key, entries) for key, entries in rows] for column in _COLUMNS
     }
-    left = width - _KEY_COLUMNS
+    left = width
     shown = set()
     for column in sorted(_COLUMNS, key=lambda column: column.rank):
-        left -= _GAP + max(map(len, [column.title, *texts[column]]))
-        if left < 0:
+        needed = _GAP + max(map(len, [column.title, *texts[column]]))
+        if left - needed < _KEY_COLUMNS:
             break
+        left -= needed
         shown.add(column)
-    table = Table(box=None, expand=False, padding=(0, _GAP, 0, 0), pad_edge=False)
-    table.add_column("key", overflow="ellipsis", no_wrap=True)
+    table = Table(box=None, padding=(0, _GAP, 0, 0), pad_edge=False)
+    table.add_column("key", overflow="ellipsis", no_wrap=True, max_width=left)
     columns = [column for column in _COLUMNS if column in shown]
     for column in columns:
         table.add_column(column.title, justify="right", no_wrap=True)
@@ -222,19 +249,22 @@ def _table(look: _Look, rows: list[tuple[str, KeyStats]], width: int) -> Table:
     return table
 
 
-def _screen(path: str, look: _Look, told: str, rest: float, size: tuple[int, int]) -> Group:
+def _screen(path: str, look: _Look, told: str, size: tuple[int, int]) -> Group:
     """All that fits into so many columns and lines, the last line at the end of it."""
     width, height = size
     rows = look.rows()
     lines: list[RenderableType] = [*_head(path, look)]
+    if height < _LOW_LINES:
+        del lines[1:]
     room = max(1, height - len(lines) - 2)  # but for the table's head and the last line
     hidden = rows[room - 1 :] if len(rows) > room else []
     lines.append(_table(look, rows[: len(rows) - len(hidden)], width))
     if hidden:
-        held = sum(entries.ready + entries.leased + entries.delayed for _, entries in hidden)
+        held = sum(_held(entries) for _, entries in hidden)
         lines.append(Text(f"… and {len(hidden):,} keys more, with {_count(held)} entries"))
-    last = told or f"q ends; a look each {rest:.1f} s, the last one took {look.took * 1000:.0f} ms"
-    lines.append(Text(terminal.printable(last), "dim"))
+    rest = f"q ends; rates each {look.flows_rest:.1f} s, "
+    rest += f"depths each {max(look.flows_rest, look.stats_rest):.1f} s"
+    lines.append(Text(terminal.printable(told or rest), "dim"))
     for line in lines:
         if isinstance(line, Text):
             line.no_wrap, line.overflow = True, "ellipsis"
@@ -243,9 +273,9 @@ def _screen(path: str, look: _Look, told: str, rest: float, size: tuple[int, int
 
 def write_once(store: Store, interval: float) -> None:
     """Write all keys, with their rates over one interval."""
-    first = _look(store, None)
+    first = _look(store, interval, None)
     time.sleep(interval)
-    look = _look(store, first)
+    look = _look(store, interval, dataclasses.replace(first, stats_due=0.0))
     width = terminal.width()
     for line in _head(store.path, look):
         terminal.write_line(line.plain)
@@ -256,7 +286,7 @@ def write_once(store: Store, interval: float) -> None:
 def watch(store: Store, interval: float) -> int:
     """Draw it again and again, until q or Ctrl-C; the exit code."""
     told: list[str] = []
-    look = _look(store, None)
+    look = _look(store, interval, None)
     # In UTF-8 whatever the locale, as all that we write.
     with (
         open(
@@ -274,18 +304,17 @@ def watch(store: Store, interval: float) -> int:
         ) as live,
     ):
         while True:
-            rest = max(interval, _REST * look.took)
-            due = time.monotonic() + rest
+            due = time.monotonic() + look.flows_rest
             while (left := due - time.monotonic()) > 0:
                 last = told[-1] if told else ""
                 size = live.console.size
-                live.update(_screen(store.path, look, last, rest, size), refresh=True)
+                live.update(_screen(store.path, look, last, size), refresh=True)
                 pressed = signals.sleep(left, *keyboard)
                 if signals.stop == signal.SIGINT or (pressed and _is_end(keyboard[0])):
                     return terminal.DONE
                 if signals.stop is not None:
                     return terminal.SIGNALED + signals.stop
-            look = _look(store, look)
+            look = _look(store, interval, look)
 
 
 @contextlib.contextmanager
