@@ -11,15 +11,16 @@ import pwd
 import shutil
 import stat
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import apsw
 
-from . import connection, schema
+from . import clock, connection, schema
 from .arguments import check_key
-from .entries import DEAD
+from .entries import DEAD, DIED_FIRST, LIVE, OVER
 from .errors import StoreError
 from .mounts import network_file_system
 from .store import Store, open_existing
@@ -38,10 +39,14 @@ SELECT count(*) FROM sqlspace_entries
                  OR EXISTS (SELECT 1 FROM json_each(headers) WHERE type <> 'text')
             ELSE headers IS NOT NULL END
 """
-# Those that are dead but not moved yet are among them.
-SELECT_DEAD = """
-SELECT CAST(key AS BLOB), ready + leased + delayed FROM sqlspace_keys
- WHERE substr(CAST(key AS BLOB), -5) = x'2f64656164' ORDER BY 2 DESC
+# And those that are dead, but not moved yet; ?1 is now.
+COUNT_DEAD = f"""
+SELECT CAST(key AS BLOB), count(*) FROM sqlspace_entries INDEXED BY sqlspace_entries_live
+ WHERE state < 3 AND substr(CAST(key AS BLOB), -5) = CAST('{DEAD}' AS BLOB) AND {LIVE} GROUP BY key
+UNION ALL
+SELECT CAST(key || '{DEAD}' AS BLOB), count(*)
+  FROM sqlspace_entries INDEXED BY sqlspace_entries_last
+ WHERE deadline IS NOT NULL AND attempts >= max_attempts AND {OVER} AND {DIED_FIRST} GROUP BY key
 """
 # More than 10 say no more than 10.
 CHECK_INTEGRITY = "PRAGMA integrity_check(10)"
@@ -237,7 +242,7 @@ def _content(store: Store) -> Iterator[Finding]:
         yield _ok("keys", "all are valid")
     if broken := read(COUNT_BAD_HEADERS)[0][0]:
         yield _problem("headers", f"those of {broken:,} entries are no JSON object of strings")
-    yield _dead_letters(read(SELECT_DEAD))
+    yield _dead_letters(read(COUNT_DEAD, (clock.now(),)))
     # Not by Store.stats(), which has the dead moved first.
     free_pages = read("PRAGMA freelist_count")[0][0]
     free = free_pages * read("PRAGMA page_size")[0][0]
@@ -252,12 +257,15 @@ def _content(store: Store) -> Iterator[Finding]:
 def _dead_letters(found: list[tuple[bytes, int]]) -> Finding:
     if not found:
         return _ok("dead letters", "none")
-    total = sum(number for _, number in found)
-    most = found[0][0].decode(errors="backslashreplace").removesuffix(DEAD)
-    text = (
-        f"{total:,}, of {len(found):,} keys, most of them of {most!a}: sqlspace dead DATABASE KEY "
+    counts: Counter[bytes] = Counter()
+    for key, number in found:
+        counts[key] += number
+    most = max(counts, key=lambda key: counts[key]).decode(errors="backslashreplace")
+    return _warning(
+        "dead letters",
+        f"{counts.total():,}, most of them of {most.removesuffix(DEAD)!a}: sqlspace dead DATABASE "
+        "KEY shows them, its --requeue moves them back",
     )
-    return _warning("dead letters", text + "shows them, its --requeue moves them back")
 
 
 def _is_nameable(key: bytes) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 import click
 
 from . import entries, looking, options, running, terminal
-from .arguments import ROW_BYTES, check_headers, check_key, check_size
+from .arguments import ROW_BYTES, check_headers, check_size
 from .errors import DeadlineError, SpaceError
 from .pushing import Batch
 from .records import Entry
@@ -80,7 +80,7 @@ def commands(context: click.Context) -> None:
 @options.timing
 @click.option(
     "--dedupe",
-    callback=options.checked(lambda text: check_key(text, "it")),
+    callback=options.checked(options.name),
     metavar="TEXT",
     help="Add nothing if KEY holds an entry with this TEXT, or held one that the file remembers.",
 )

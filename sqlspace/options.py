@@ -4,6 +4,7 @@ All of it happens before the file is touched, in the words of the library's own 
 """
 
 import functools
+import os
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -23,12 +24,14 @@ __all__ = [
     "key",
     "leasing",
     "many",
+    "name",
     "named_headers",
     "number_or_all",
     "opened",
     "opening",
     "seconds",
     "timing",
+    "utf_8",
 ]
 
 
@@ -57,16 +60,26 @@ def number_or_all(text: str) -> int | None:
     return None if text == "all" else int(text)
 
 
+def utf_8(argument: str) -> str:
+    """An argument in UTF-8, whatever the locale; what is none keeps lone surrogates."""
+    return os.fsencode(argument).decode(errors="surrogateescape")
+
+
+def name(argument: str) -> str:
+    """A key, or what has the rules of one."""
+    return check_key(utf_8(argument), "it")
+
+
 def named_headers(headers: Iterable[str]) -> dict[str, str]:
     """Each of them NAME=VALUE."""
     named: dict[str, str] = {}
     for header in headers:
-        name, equals, value = header.partition("=")
-        if not name or not equals:
+        title, equals, value = utf_8(header).partition("=")
+        if not title or not equals:
             raise ValueError(f"it must be NAME=VALUE, not {header!a}")
-        if name in named:
-            raise ValueError(f"{name!a} is given twice")
-        named[name] = value
+        if title in named:
+            raise ValueError(f"{title!a} is given twice")
+        named[title] = value
     return named
 
 
@@ -76,7 +89,7 @@ def examples(*lines: str) -> str:
 
 
 database = click.argument("database", metavar="DATABASE")
-key = click.argument("key", callback=checked(check_key))
+key = click.argument("key", callback=checked(name))
 as_json = click.option("--json", "as_json", is_flag=True, help="Write JSON, for a program.")
 
 
