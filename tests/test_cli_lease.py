@@ -503,7 +503,9 @@ def test_a_disk_with_no_room_for_stdin_is_exit_3_and_nacked(cli, path, store, mo
     """The line names the directory."""
     store.push("mail", bytes(100_000))
     monkeypatch.setattr(
-        sqlspace.running.tempfile, "TemporaryFile", lambda: open("/dev/full", "w+b")
+        sqlspace.running.tempfile,
+        "TemporaryFile",
+        lambda: open("/dev/full", "w+b"),  # noqa: SIM115
     )
     code, complaint = cli("pull", path, "mail", "--lease", "60", "--", "cat")
     assert (code, len(lines(complaint))) == (3, 1)
