@@ -143,9 +143,14 @@ class Model:
     # -- looking
 
     def live(self, key):
-        """What `len` counts and `entries` shows; of dead letters, those still to be moved too."""
+        """What `entries` shows; of dead letters also those that had to be moved for that."""
         self.visit(key)
         return [entry for entry in self.queues[key] if entry.is_live(self.now)]
+
+    def count(self, key):
+        """What `len` says; it doesn't matter whether the dead letters have moved yet."""
+        live = sum(entry.is_live(self.now) for entry in self.queues[key])
+        return live + len(self.dying(key))
 
     def ready(self, key):
         """What can be taken, in order."""
