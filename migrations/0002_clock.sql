@@ -28,9 +28,9 @@ DROP INDEX sqlspace_entries_leased;
 DROP INDEX sqlspace_entries_expiring;
 -- What is held, by its end; and by its beginning, for a clock that has jumped back.
 CREATE INDEX sqlspace_entries_until ON sqlspace_entries (key, until_at)
-  WHERE until_at IS NOT NULL;
+  WHERE until_at IS NOT NULL AND state < 3;
 CREATE INDEX sqlspace_entries_since ON sqlspace_entries (key, since_at)
-  WHERE since_at IS NOT NULL;
+  WHERE since_at IS NOT NULL AND state < 3;
 -- What expires, over all keys: nobody may ever ask for its key again.
 CREATE INDEX sqlspace_entries_expiring ON sqlspace_entries (expires_at)
   WHERE expires_at IS NOT NULL AND state < 3;
@@ -38,9 +38,9 @@ CREATE INDEX sqlspace_entries_lives ON sqlspace_entries (lives_since)
   WHERE lives_since IS NOT NULL AND state < 3;
 -- The leases of last attempts, over all keys.
 CREATE INDEX sqlspace_entries_last ON sqlspace_entries (deadline)
-  WHERE deadline IS NOT NULL AND attempts >= max_attempts;
+  WHERE deadline IS NOT NULL AND attempts >= max_attempts AND state < 3;
 CREATE INDEX sqlspace_entries_last_since ON sqlspace_entries (since_at)
-  WHERE deadline IS NOT NULL AND attempts >= max_attempts;
+  WHERE deadline IS NOT NULL AND attempts >= max_attempts AND state < 3;
 
 -- The views say what the clock says now. What is dead already and not yet moved stands in them
 -- under KEY/dead, with the number that it had.
@@ -86,7 +86,7 @@ CREATE VIEW sqlspace_live (seq, key, state, pushed, due, expires, lease_ends, at
     payload,
     headers
   FROM sqlspace_entries INDEXED BY sqlspace_entries_last, clock
-  WHERE deadline IS NOT NULL AND attempts >= max_attempts
+  WHERE deadline IS NOT NULL AND attempts >= max_attempts AND state < 3
     AND (until_at <= now OR since_at > now)
     AND (expires_at IS NULL OR expires_at > deadline OR expires_at > now AND lives_since <= now);
 
@@ -149,7 +149,7 @@ CREATE VIEW sqlspace_keys (key, ready, leased, delayed, oldest_seconds, bytes) A
     UNION ALL
     SELECT key || '/dead', 1, 0, 0, pushed_at, length(payload), now
     FROM sqlspace_entries INDEXED BY sqlspace_entries_last, clock
-    WHERE deadline IS NOT NULL AND attempts >= max_attempts
+    WHERE deadline IS NOT NULL AND attempts >= max_attempts AND state < 3
       AND (until_at <= now OR since_at > now)
       AND (expires_at IS NULL OR expires_at > deadline OR expires_at > now AND lives_since <= now)
   )

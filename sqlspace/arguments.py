@@ -25,6 +25,7 @@ __all__ = [
     "check_ttl",
     "check_ttl_micros",
     "kind",
+    "nameable",
     "shown",
 ]
 
@@ -78,6 +79,14 @@ def check_key(key: object, argument: str = "key") -> str:
         _good_keys.clear()
     _good_keys.add(key)
     return key
+
+
+def nameable(key: bytes) -> str | None:
+    """A key as it stands in the file, unless somebody else's SQL made it one that no verb takes."""
+    try:
+        return check_key(key.decode())
+    except ValueError:
+        return None
 
 
 def check_keys(keys: object, argument: str = "keys") -> list[str]:

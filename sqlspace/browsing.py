@@ -17,11 +17,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 from . import clock, entries, upkeep
-from .arguments import check_key
+from .arguments import nameable
 from .connection import Connection
 from .database import Database
 from .doorbell import room_token, turn_token, waited_key
-from .entries import DEAD, HELD, LAST, LEASED, LIVE, UNEXPIRED
+from .entries import DEAD, HELD, LAST, LAST_LEASE, LEASED, LIVE, UNEXPIRED
 from .errors import BusyError, CorruptError, FullError
 from .records import Entry, KeyStats, Stats, Tombstone
 
@@ -47,17 +47,17 @@ SELECT_READY = f"""
 SELECT EXISTS (SELECT 1 FROM sqlspace_entries INDEXED BY sqlspace_entries_live
                 WHERE key = ?2 AND state = 0 AND state < 3 AND {UNEXPIRED})
     OR EXISTS (SELECT 1 FROM sqlspace_entries INDEXED BY sqlspace_entries_until
-                WHERE key = ?2 AND until_at <= ?1 AND {UNEXPIRED} AND NOT {LAST})
+                WHERE key = ?2 AND until_at <= ?1 AND state < 3 AND {UNEXPIRED} AND NOT {LAST})
     OR EXISTS (SELECT 1 FROM sqlspace_entries INDEXED BY sqlspace_entries_since
-                WHERE key = ?2 AND since_at > ?1 AND {UNEXPIRED} AND NOT {LAST})
+                WHERE key = ?2 AND since_at > ?1 AND state < 3 AND {UNEXPIRED} AND NOT {LAST})
 """
 # Whether some entry of ?2 is dead and only not moved yet.
 SELECT_DEAD = f"""
 SELECT EXISTS (SELECT 1 FROM sqlspace_entries INDEXED BY sqlspace_entries_last
-                WHERE deadline <= ?1 AND deadline IS NOT NULL AND attempts >= max_attempts
+                WHERE deadline <= ?1 AND {LAST_LEASE}
                   AND key = ?2 AND {entries.DIED_FIRST})
     OR EXISTS (SELECT 1 FROM sqlspace_entries INDEXED BY sqlspace_entries_last_since
-                WHERE since_at > ?1 AND deadline IS NOT NULL AND attempts >= max_attempts
+                WHERE since_at > ?1 AND {LAST_LEASE}
                   AND key = ?2 AND {entries.DIED_FIRST})
 """
 SELECT_LIVE = f"""
@@ -73,10 +73,10 @@ SELECT nullif(min(
            WHERE key = ?2 AND state = 0 AND state < 3 AND {UNEXPIRED} ORDER BY seq LIMIT 1),
          {_NONE}),
   ifnull((SELECT min(seq) FROM sqlspace_entries INDEXED BY sqlspace_entries_until
-           WHERE key = ?2 AND until_at <= ?1 AND {UNEXPIRED} AND NOT {LAST}),
+           WHERE key = ?2 AND until_at <= ?1 AND state < 3 AND {UNEXPIRED} AND NOT {LAST}),
          {_NONE}),
   ifnull((SELECT min(seq) FROM sqlspace_entries INDEXED BY sqlspace_entries_since
-           WHERE key = ?2 AND since_at > ?1 AND {UNEXPIRED} AND NOT {LAST}),
+           WHERE key = ?2 AND since_at > ?1 AND state < 3 AND {UNEXPIRED} AND NOT {LAST}),
          {_NONE})), {_NONE})
 """
 SELECT_HEAD = f"""
@@ -118,11 +118,11 @@ SELECT count(*) FROM sqlspace_entries INDEXED BY sqlspace_entries_taken
 # When the clock next changes something: for a key, for dead letters, for those that wait for room.
 SELECT_NEXT_DUE = """
 SELECT min(until_at) FROM sqlspace_entries INDEXED BY sqlspace_entries_until
- WHERE key = ?2 AND until_at > ?1
+ WHERE key = ?2 AND until_at > ?1 AND state < 3
 """
-SELECT_NEXT_DEATH = """
+SELECT_NEXT_DEATH = f"""
 SELECT min(deadline) FROM sqlspace_entries INDEXED BY sqlspace_entries_last
- WHERE deadline > ?1 AND deadline IS NOT NULL AND attempts >= max_attempts
+ WHERE deadline > ?1 AND {LAST_LEASE}
 """
 SELECT_NEXT_EXPIRY = """
 SELECT min(expires_at) FROM sqlspace_entries INDEXED BY sqlspace_entries_expiring
@@ -286,7 +286,7 @@ def keys(database: Database) -> list[str]:
         found: list[str] = []
         last: Any = b""
         while (last := connection.execute(SELECT_NEXT_KEY, (last,)).get) is not None:
-            key = _nameable(last)
+            key = nameable(last)
             if key is not None and _holds_any(connection, key):
                 found.append(key)
         return found
@@ -376,13 +376,6 @@ def _some(connection: Connection, key: str, last: int) -> tuple[list[Any], int]:
         if size >= _BATCH_BYTES:
             return batch, last
     return batch, last if number == _BATCH_ROWS else 0
-
-
-def _nameable(key: bytes) -> str | None:
-    try:
-        return check_key(key.decode())
-    except ValueError:
-        return None
 
 
 def _headers(text: bytes | None) -> dict[str, str]:

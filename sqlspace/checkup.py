@@ -18,7 +18,7 @@ from typing import Literal
 import apsw
 
 from . import connection, schema
-from .arguments import check_key
+from .arguments import nameable
 from .errors import StoreError
 from .mounts import network_file_system
 from .store import Store, open_existing
@@ -219,7 +219,7 @@ def _content(store: Store) -> Iterator[Finding]:
         )
         return
     yield _ok("integrity", "SQLite finds no damage")
-    nameless = [key for (key,) in read(SELECT_KEYS) if not _is_nameable(key)]
+    nameless = [key for (key,) in read(SELECT_KEYS) if nameable(key) is None]
     if nameless:
         spelled = f"CAST(x'{nameless[0].hex()}' AS TEXT)"
         yield _problem(
@@ -239,14 +239,6 @@ def _content(store: Store) -> Iterator[Finding]:
         yield _warning("free pages", text)
     else:
         yield _ok("free pages", text)
-
-
-def _is_nameable(key: bytes) -> bool:
-    try:
-        check_key(key.decode())
-    except ValueError:
-        return False
-    return True
 
 
 def _user(number: int) -> str:

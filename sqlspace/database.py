@@ -280,7 +280,7 @@ class Database:
                 session.boot()
             session.connection.execute("BEGIN IMMEDIATE")
         except Exception as error:
-            self._explain(session, error, begun=False)
+            self._explain(session, error, begun=isinstance(error, apsw.Error))
             raise
         return session.connection
 

@@ -6,7 +6,6 @@ by its row and the clock, so it is lost when its time is over, taken over or not
 """
 
 import atexit
-import functools
 import logging
 import os
 import threading
@@ -22,7 +21,7 @@ from .connection import Connection
 from .database import Database
 from .doorbell import room_token
 from .entries import Grant
-from .errors import ClosedError, LeaseError, SpaceError
+from .errors import ClosedError, LeaseError, SpaceError, StoreError
 from .waiting import surely
 
 if TYPE_CHECKING:
@@ -99,7 +98,6 @@ class Delivery:
                 self._settled = False
 
         self._database.write(step, undo=undo)
-        self._renewals.discard(self)
 
     def nack(self, delay: float = 0.0) -> None:
         """The work is not done: give the entry back to its old place, for the next claim.
@@ -132,6 +130,9 @@ class Delivery:
         self._renewals.reschedule(self)
 
     def __enter__(self) -> Self:
+        self._ensure_unsettled()
+        if self.lost:
+            raise self._gone()
         try:
             self._renewals.add(self)
         except BaseException:
@@ -167,19 +168,21 @@ class Delivery:
             log.warning("entry %d of %a could not be given back: %s", self.seq, self.key, error)
 
     def _settle_by(self, step: Callable[[Connection], list[str]]) -> None:
-        """Settle in one transaction, out of the renewals' sight."""
-        self._ensure_unsettled()
-        try:
-            self._database.transact(functools.partial(self._marked, step))
-        except BaseException:
-            self._settled = False
-            raise
-        self._renewals.discard(self)
+        """Settle in one transaction, which the renewals take for done from its step on."""
+        marked = False
 
-    def _marked(self, step: Callable[[Connection], list[str]], connection: Connection) -> list[str]:
-        rings = step(connection)
-        self._settled = True
-        return rings
+        def marking(connection: Connection) -> Iterable[str]:
+            nonlocal marked
+            rings = step(connection)
+            self._settled = marked = True
+            return rings
+
+        try:
+            self._database.transact(marking)
+        except BaseException:
+            if marked:
+                self._settled = False
+            raise
 
     # -- inside a write, of a transaction too
 
@@ -204,11 +207,6 @@ class Delivery:
         if not entries.extend(connection, self.seq, self._grant.token, now, micros):
             raise self._gone()
         self._grant = self._grant._replace(micros=micros, deadline=now + micros)
-
-    def _settle(self) -> None:
-        """Its settling was committed."""
-        self._settled = True
-        self._renewals.discard(self)
 
     def _ensure_of(self, store: "Store") -> None:
         if self._store is not store:
@@ -236,16 +234,27 @@ def ack_many(store: "Store", database: Database, given: Sequence[object]) -> Non
         delivery._ensure_of(store)  # noqa: SLF001
         deliveries.append(delivery)
 
+    acked: list[Delivery] = []
+
     def step(connection: Connection) -> Iterable[str]:
         rings: dict[str, None] = {}
         for delivery in deliveries:
             rings.update(dict.fromkeys(delivery._ack_in(connection, [])))  # noqa: SLF001
+            delivery._settled = True  # noqa: SLF001
+            acked.append(delivery)
         upkeep.prune(connection, database.history(), len(deliveries) + upkeep.PRUNE_ROWS)
         return rings
 
-    database.transact(step)
-    for delivery in deliveries:
-        delivery._settle()  # noqa: SLF001
+    def undo(connection: Connection) -> None:
+        for delivery in acked:
+            entries.unack(connection, delivery._grant)  # noqa: SLF001
+
+    try:
+        database.transact(step, undo=undo)
+    except BaseException:
+        for delivery in acked:
+            delivery._settled = False  # noqa: SLF001
+        raise
 
 
 # -- renewing
@@ -276,11 +285,17 @@ class Renewals:
         with self._changed:
             self._due[delivery] = self._next(delivery)
             if self._thread is None:
-                thread = threading.Thread(target=self._run, name="sqlspace-renewals", daemon=True)
-                thread.start()
-                self._thread = thread
+                self._thread = self._start()
             else:
                 self._changed.notify()
+
+    def _start(self) -> threading.Thread:
+        thread = threading.Thread(target=self._run, name="sqlspace-renewals", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # the process may have no more threads
+            raise StoreError(f"no thread to renew leases: {error}") from error
+        return thread
 
     def discard(self, delivery: Delivery) -> None:
         """Renew it no more; idempotent."""
@@ -332,7 +347,7 @@ class Renewals:
             self._changed.wait(first - now)
 
     def _renew(self, batch: list[Delivery]) -> None:
-        lost: list[Delivery] = []
+        lost: set[Delivery] = set()
 
         def step(connection: Connection) -> Iterable[str]:
             for delivery in batch:
@@ -342,16 +357,16 @@ class Renewals:
                     delivery._extend_in(connection, delivery._grant.micros)  # noqa: SLF001
                 except LeaseError as error:
                     log.warning("%s", error)
-                    lost.append(delivery)
+                    lost.add(delivery)
             return ()
 
         self.database.transact(step)
         with self._changed:
             self._reschedule_all(batch, lost)
 
-    def _reschedule_all(self, batch: list[Delivery], lost: list[Delivery]) -> None:
+    def _reschedule_all(self, batch: list[Delivery], lost: set[Delivery]) -> None:
         for delivery in batch:
-            if delivery in lost:
+            if delivery in lost or delivery._settled:  # noqa: SLF001
                 self._due.pop(delivery, None)
             elif delivery in self._due:
                 self._due[delivery] = self._next(delivery)

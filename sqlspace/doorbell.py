@@ -10,8 +10,8 @@ In each process one of the waiting threads watches for all, and passes the role 
 thread of its own for it was measured at 0.32 ms from push to pull, against 0.065.
 
 What the clock decides (an entry comes due, a lease runs out) nobody rings for, least of all a
-process that died. A waiter knows from its own look when that will be; what changes afterwards, the
-watch sees as it sees any change, and looks again at the time that it then finds.
+process that died. Who parks says when that will be; what changes afterwards, the watch sees as it
+sees any change. At that time it looks, and wakes those for whom there is something.
 
 A ring is a hint; nothing depends on its arrival. Writers that don't ring (the sqlite3 shell), and
 rings that get lost, are seen by inotify: the -wal was modified, so looks at `data_version` follow,
@@ -144,6 +144,10 @@ class Doorbell:
                         self._marks.drop(self._mark(token, takes=kind is self._takers))
                         del kind[token]
 
+    def expect(self, seconds: float) -> None:
+        """The clock changes something then, for one of those who wait here."""
+        self._watch.expect(self, seconds)
+
     def park(self, waiter: Waiter, seconds: float) -> None:
         """Sleep until woken; the first to sleep in this process watches for all of it."""
         self._watch.park(waiter, seconds)
@@ -263,7 +267,8 @@ class _File:
         self.look_at: float | None = None  # on the monotonic clock; None: at the next sign
         self.look_until = 0.0  # after that, only at a sign
         self.pause = _LOOK_SOON_SECONDS
-        self.timer_at: float | None = None  # when the clock changes something, as last seen
+        # When the clock changes something for a bell, as last seen.
+        self.timers: dict[Doorbell, float] = {}
         self.number: int | None = None  # of its inotify watch, while that is armed
 
 
@@ -311,12 +316,13 @@ class _Watch:
             file = self._files.get(bell.file_id or bell.wal)
             if file is not None:
                 file.bells.discard(bell)
+                file.timers.pop(bell, None)
                 self._tidy(file)
 
     def _tidy(self, file: _File) -> None:
         """Forget a file that nobody waits for; an armed watch goes first, at the next change."""
         if not file.bells:
-            file.look_at = file.timer_at = None
+            file.look_at = None
             if file.number is None:
                 self._files.pop(file.name, None)
 
@@ -335,6 +341,17 @@ class _Watch:
         if file.look_at is None or file.pause > _LOOK_LATE_SECONDS:
             file.pause = _LOOK_SOON_SECONDS
             file.look_at = now + file.pause
+
+    def expect(self, bell: Doorbell, seconds: float) -> None:
+        """Look for it then, unless it is to be looked for earlier."""
+        at = time.monotonic() + seconds
+        with self._lock:
+            file = self._files.get(bell.file_id or bell.wal)
+            if file is None or bell not in file.bells or file.timers.get(bell, at) < at:
+                return
+            file.timers[bell] = at
+            if self._watcher is not None:
+                self.nudge()  # it may sleep longer than that
 
     # -- rings
 
@@ -428,7 +445,7 @@ class _Watch:
         return [
             at
             for file in self._files.values()
-            for at in (file.look_at, file.timer_at)
+            for at in (file.look_at, *file.timers.values())
             if at is not None
         ]
 
@@ -468,10 +485,9 @@ class _Watch:
         now = time.monotonic()
         with self._lock:
             due = self._due(now)
-        for file, bells, timed in due:
+        for file, bells in due:
             changed = stirred = False
-            times: list[float] = []
-            for bell in bells:
+            for bell, timed in bells:
                 try:
                     found = bell.stirring(bell.tokens(), timed)
                 except SpaceError:  # who waits there shall meet it
@@ -479,37 +495,39 @@ class _Watch:
                     continue
                 if found is None:
                     continue
-                changed = True
+                changed = changed or not timed
                 tokens, ahead = found
                 for token in tokens:
                     bell.wake(token)
                     stirred = True
                 if ahead is not None:
-                    times.append(ahead)
+                    self.expect(bell, ahead)
             with self._lock:
-                self._plan_next(file, changed=changed, stirred=stirred, times=times)
+                self._plan_next(file, changed=changed, stirred=stirred)
 
-    def _due(self, now: float) -> list[tuple[_File, list[Doorbell], bool]]:
-        """The files to look into, for whom, and whether because of the clock.
+    def _due(self, now: float) -> list[tuple[_File, list[tuple[Doorbell, bool]]]]:
+        """The files to look into, for whom, and whether that one's time has come.
 
-        Their signs are asked for before the look.
+        Their signs are asked for before the look, and what is expected is let go: the look finds
+        out anew.
         """
         due = []
         for file in self._files.values():
-            timed = file.timer_at is not None and file.timer_at <= now
+            timed = {bell for bell, at in file.timers.items() if at <= now}
             if timed or (file.look_at is not None and file.look_at <= now):
-                due.append((file, list(file.bells), timed))
-        for file, bells, _ in due:
+                due.append((file, [(bell, bell in timed) for bell in file.bells]))
+                for bell in timed:
+                    del file.timers[bell]
+        for file, bells in due:
             if bells and file.number is None:
-                self._arm(file, bells[0])
+                self._arm(file, bells[0][0])
         return due
 
-    def _plan_next(self, file: _File, *, changed: bool, stirred: bool, times: list[float]) -> None:
+    def _plan_next(self, file: _File, *, changed: bool, stirred: bool) -> None:
         """After a look: when the next one is due, if at all."""
         now = time.monotonic()
         if changed:
             file.look_until = now + _LOOK_ON_SECONDS
-            file.timer_at = now + min(times) if times else None
         signed = file.number is not None
         longest = _LOOK_IDLE_SECONDS if signed and not changed else _LOOK_LATE_SECONDS
         file.pause = _LOOK_SOON_SECONDS if stirred else min(file.pause * 2, longest)

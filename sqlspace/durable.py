@@ -92,6 +92,7 @@ class DurableSpace:
         values: list[Any] = []
         try:
             taking.wait_and_grab(
+                self._database,
                 lambda waiter: taking.Grab(self._database, keys, waiter, self._reading(values)),
                 keys,
                 timeout,

@@ -16,11 +16,11 @@ a token stands in a row that is leased, or was when it was acked.
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from . import upkeep
-from .arguments import KEY_BYTES
+from .arguments import KEY_BYTES, nameable
 from .connection import Connection, run
 from .doorbell import room_token
 
@@ -62,7 +62,8 @@ __all__ = [
 log = logging.getLogger("sqlspace")
 
 DEAD = "/dead"
-BATCH_ROWS = 1000
+BATCH_ROWS = 1000  # changed in one step
+BURY_ROWS = 200  # moved in one step; each costs several statements
 LONGEST_WITH_DEAD = KEY_BYTES - len(DEAD)
 NO_SEQ = (1 << 62) + 1  # beyond those that a row can have
 
@@ -73,6 +74,7 @@ HELD = "(until_at > ?1 AND since_at <= ?1)"
 OVER = "(until_at <= ?1 OR since_at > ?1)"
 LEASED = f"(deadline IS NOT NULL AND {HELD})"
 LAST = "(deadline IS NOT NULL AND max_attempts IS NOT NULL AND attempts >= max_attempts)"
+LAST_LEASE = "deadline IS NOT NULL AND attempts >= max_attempts AND state < 3"  # as the index says
 DIED_FIRST = f"({UNEXPIRED} OR expires_at > deadline)"
 LIVE = f"({LEASED} OR {UNEXPIRED} AND NOT {LAST})"
 
@@ -86,8 +88,9 @@ INSERT INTO sqlspace_entries
   (key, payload, headers, pushed_at, state, due_at, delay, expires_at, dedupe)
 VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
 """
-SELECT_DEDUPE = """
-SELECT seq, taken_no FROM sqlspace_entries WHERE key = ? AND dedupe = ? AND dedupe IS NOT NULL
+SELECT_DEDUPE = f"""
+SELECT seq, taken_no, state < 3 AND NOT {LIVE}, {LAST} AND {DIED_FIRST}
+  FROM sqlspace_entries WHERE key = ?2 AND dedupe = ?3 AND dedupe IS NOT NULL
 """
 FORGET_DEDUPE = "UPDATE sqlspace_entries SET dedupe = NULL WHERE seq = ?"
 FORGET_ALL_DEDUPES = """
@@ -105,20 +108,23 @@ SELECT (SELECT count(*) FROM sqlspace_entries INDEXED BY sqlspace_entries_live
          WHERE lives_since > ?1 AND lives_since IS NOT NULL AND state < 3 AND key = ?2
            AND expires_at > ?1 AND NOT {LEASED})
      - (SELECT count(*) FROM sqlspace_entries INDEXED BY sqlspace_entries_last
-         WHERE deadline <= ?1 AND deadline IS NOT NULL AND attempts >= max_attempts AND key = ?2
+         WHERE deadline <= ?1 AND {LAST_LEASE} AND key = ?2
            AND {UNEXPIRED})
      - (SELECT count(*) FROM sqlspace_entries INDEXED BY sqlspace_entries_last_since
-         WHERE since_at > ?1 AND deadline IS NOT NULL AND attempts >= max_attempts AND key = ?2
+         WHERE since_at > ?1 AND {LAST_LEASE} AND key = ?2
            AND deadline > ?1 AND {UNEXPIRED})
 """
 
 # -- looking for the head
 
-DUE = """
+# What was held is not any more, or what stands at the head has expired.
+DUE = f"""
 (EXISTS (SELECT 1 FROM sqlspace_entries INDEXED BY sqlspace_entries_until
-          WHERE key = ?2 AND until_at <= ?1)
+          WHERE key = ?2 AND until_at <= ?1 AND state < 3)
  OR EXISTS (SELECT 1 FROM sqlspace_entries INDEXED BY sqlspace_entries_since
-             WHERE key = ?2 AND since_at > ?1))
+             WHERE key = ?2 AND since_at > ?1 AND state < 3)
+ OR ifnull((SELECT NOT {UNEXPIRED} FROM sqlspace_entries INDEXED BY sqlspace_entries_live
+             WHERE key = ?2 AND state = 0 AND state < 3 ORDER BY seq LIMIT 1), 0))
 """
 SELECT_HEADS = f"""
 SELECT seq, key, ifnull(payload, x''), CAST(headers AS BLOB), pushed_at, expires_at, attempts,
@@ -128,11 +134,11 @@ SELECT seq, key, ifnull(payload, x''), CAST(headers AS BLOB), pushed_at, expires
 """
 SELECT_DUE = f"SELECT {DUE}"
 # The last leases of all keys that are over.
-SELECT_LAST_OVER = """
+SELECT_LAST_OVER = f"""
 SELECT EXISTS (SELECT 1 FROM sqlspace_entries INDEXED BY sqlspace_entries_last
-                WHERE deadline <= ?1 AND deadline IS NOT NULL AND attempts >= max_attempts)
+                WHERE deadline <= ?1 AND {LAST_LEASE})
     OR EXISTS (SELECT 1 FROM sqlspace_entries INDEXED BY sqlspace_entries_last_since
-                WHERE since_at > ?1 AND deadline IS NOT NULL AND attempts >= max_attempts)
+                WHERE since_at > ?1 AND {LAST_LEASE})
 """
 SELECT_BLOCKED = f"""
 SELECT 1 FROM sqlspace_entries INDEXED BY sqlspace_entries_live
@@ -225,46 +231,51 @@ UPDATE sqlspace_entries SET deadline = ?1 + ?4, lease = ?4
 
 # -- carrying out what the clock has decided
 
-FREE = """
-   SET state = 0, due_at = NULL, delay = NULL, deadline = NULL, lease = NULL, token = NULL
+SELECT_OVER = f"""
+SELECT seq, deadline IS NOT NULL FROM sqlspace_entries INDEXED BY sqlspace_entries_until
+ WHERE key = ?2 AND until_at <= ?1 AND state < 3 AND NOT {LAST} ORDER BY until_at, seq LIMIT ?3
 """
-RELEASE_DUE = f"""
-UPDATE sqlspace_entries {FREE} WHERE seq IN (
-  SELECT seq FROM sqlspace_entries INDEXED BY sqlspace_entries_until
-   WHERE key = ?2 AND until_at <= ?1 AND NOT {LAST} ORDER BY until_at, seq LIMIT ?3)
+SELECT_STUCK = f"""
+SELECT seq, deadline IS NOT NULL FROM sqlspace_entries INDEXED BY sqlspace_entries_since
+ WHERE key = ?2 AND since_at > ?1 AND state < 3 AND NOT {LAST} LIMIT ?3
 """
-RELEASE_STUCK = f"""
-UPDATE sqlspace_entries {FREE} WHERE seq IN (
-  SELECT seq FROM sqlspace_entries INDEXED BY sqlspace_entries_since
-   WHERE key = ?2 AND since_at > ?1 AND NOT {LAST} LIMIT ?3)
-"""
+# The first in the order of the queue; whether they are over, and leased.
 SELECT_FIRST_HELD = f"""
-SELECT seq, {OVER} AND NOT {LAST} FROM sqlspace_entries INDEXED BY sqlspace_entries_live
+SELECT seq, deadline IS NOT NULL, {OVER} AND NOT {LAST}
+  FROM sqlspace_entries INDEXED BY sqlspace_entries_live
  WHERE key = ?2 AND state = ?4 AND state < 3 ORDER BY seq LIMIT ?3
 """
-RELEASE_ONE = f"UPDATE sqlspace_entries {FREE} WHERE seq = ?"
+RELEASE = """
+UPDATE sqlspace_entries
+   SET state = 0, due_at = NULL, delay = NULL, deadline = NULL, lease = NULL, token = NULL
+ WHERE seq = ?
+"""
 SELECT_EXPIRED = f"""
-SELECT seq, key, expires_at FROM sqlspace_entries INDEXED BY sqlspace_entries_expiring
+SELECT seq, CAST(key AS BLOB) FROM sqlspace_entries INDEXED BY sqlspace_entries_expiring
  WHERE expires_at <= ?1 AND expires_at IS NOT NULL AND state < 3
    AND (deadline IS NULL OR {OVER} AND NOT ({LAST} AND expires_at > deadline))
  ORDER BY expires_at LIMIT ?2
 """
 SELECT_EXPIRED_STUCK = f"""
-SELECT seq, key, expires_at FROM sqlspace_entries INDEXED BY sqlspace_entries_lives
+SELECT seq, CAST(key AS BLOB) FROM sqlspace_entries INDEXED BY sqlspace_entries_lives
  WHERE lives_since > ?1 AND lives_since IS NOT NULL AND state < 3
    AND (deadline IS NULL OR {OVER} AND NOT ({LAST} AND expires_at > deadline))
  LIMIT ?2
 """
 SELECT_LAST = f"""
-SELECT seq, key, CAST(headers AS BLOB), pushed_at, attempts, deadline, {DIED_FIRST}
+SELECT seq, CAST(key AS BLOB), {DIED_FIRST}
   FROM sqlspace_entries INDEXED BY sqlspace_entries_last
- WHERE deadline <= ?1 AND deadline IS NOT NULL AND attempts >= max_attempts
+ WHERE deadline <= ?1 AND {LAST_LEASE}
  ORDER BY deadline LIMIT ?2
 """
 SELECT_LAST_STUCK = f"""
-SELECT seq, key, CAST(headers AS BLOB), pushed_at, attempts, deadline, {DIED_FIRST}
+SELECT seq, CAST(key AS BLOB), {DIED_FIRST}
   FROM sqlspace_entries INDEXED BY sqlspace_entries_last_since
- WHERE since_at > ?1 AND deadline IS NOT NULL AND attempts >= max_attempts LIMIT ?2
+ WHERE since_at > ?1 AND {LAST_LEASE} LIMIT ?2
+"""
+SELECT_EXPIRED_HEADS = f"""
+SELECT seq, NOT {UNEXPIRED} FROM sqlspace_entries INDEXED BY sqlspace_entries_live
+ WHERE key = ?2 AND state = 0 AND state < 3 ORDER BY seq LIMIT ?3
 """
 SELECT_ANY_EXPIRED = """
 SELECT EXISTS (SELECT 1 FROM sqlspace_entries INDEXED BY sqlspace_entries_expiring
@@ -274,7 +285,8 @@ SELECT EXISTS (SELECT 1 FROM sqlspace_entries INDEXED BY sqlspace_entries_expiri
 """
 SELECT_STANDS = "SELECT 1 FROM sqlspace_entries WHERE seq = ? AND state = 0"
 SELECT_DYING = """
-SELECT seq, key, CAST(headers AS BLOB), pushed_at, attempts FROM sqlspace_entries WHERE seq = ?
+SELECT CAST(key AS BLOB), CAST(headers AS BLOB), pushed_at, attempts
+  FROM sqlspace_entries WHERE seq = ?
 """
 INSERT_MOVED = """
 INSERT INTO sqlspace_entries (key, payload, headers, pushed_at)
@@ -354,12 +366,15 @@ def find_dedupe(
         keep: How many tombstones the history keeps; None: all.
         now: The time.
     """
-    expire(connection, now)
-    found: list[Any] = connection.execute(SELECT_DEDUPE, (key, dedupe)).fetchall()
+    found: list[Any] = connection.execute(SELECT_DEDUPE, (now, key, dedupe)).fetchall()
     if not found:
         return None
-    seq, taken_no = found[0]
+    seq, taken_no, gone, died = found[0]
+    if gone:
+        _carry_out(connection, seq, now, died=died)
     last: Any = connection.execute(upkeep.SELECT_LAST_TAKEN).get
+    if gone:
+        taken_no = last
     if taken_no is not None and keep is not None and taken_no <= last - keep:
         connection.execute(FORGET_DEDUPE, (seq,))
         return None
@@ -510,34 +525,37 @@ def catch_up(
         connection: For writing.
         key: Whose entries.
         now: The time.
-        limit: No more than so many of each kind.
+        limit: Release no more than so many.
         everything: Rather all, however many.
 
     Returns:
         Tokens.
     """
-    tokens = bury(connection, now, limit)
+    tokens = bury(connection, now)
+    tokens += _expire_heads(connection, key, now)
     if _release(connection, key, now, limit):
         tokens.append(key)
     if everything:
         while due(connection, key, now):
-            tokens += bury(connection, now, limit)
-            _release(connection, key, now, limit)
-        while expired := expire(connection, now, limit):
+            tokens += catch_up(connection, key, now)
+        while expired := expire(connection, now):
             tokens += expired
     return tokens
 
 
 def _release(connection: Connection, key: str, now: int, limit: int) -> int:
     """Have what has come due stand ready; how many."""
-    connection.execute(RELEASE_DUE, (now, key, limit))
-    released = connection.changes()
-    if released == limit:  # there may be more, that stand before those in the queue
+    over: list[Any] = connection.execute(SELECT_OVER, (now, key, limit)).fetchall()
+    if len(over) == limit:  # there may be more, that stand before those in the queue
         for state in (1, 2):
-            rows: Any = connection.execute(SELECT_FIRST_HELD, (now, key, limit, state)).fetchall()
-            connection.executemany(RELEASE_ONE, [(seq,) for seq, over in rows if over])
-    connection.execute(RELEASE_STUCK, (now, key, limit))
-    return released + connection.changes()
+            rows: Any = connection.execute(SELECT_FIRST_HELD, (now, key, limit, state))
+            over += [row[:2] for row in rows.fetchall() if row[2]]
+    over += connection.execute(SELECT_STUCK, (now, key, limit)).fetchall()
+    found = dict(over)  # a row may be found twice
+    connection.executemany(RELEASE, [(seq,) for seq in found])
+    if lapsed := sum(found.values()):
+        log.warning("%d leases under %a ran out; their entries are ready again", lapsed, key)
+    return len(found)
 
 
 def has_expired(connection: Connection, now: int) -> bool:
@@ -545,28 +563,49 @@ def has_expired(connection: Connection, now: int) -> bool:
     return bool(connection.execute(SELECT_ANY_EXPIRED, (now,)).get)
 
 
-def expire(connection: Connection, now: int, limit: int = BATCH_ROWS) -> list[str]:
+def expire(connection: Connection, now: int) -> list[str]:
     """Turn what has expired, under whatever key, into tombstones; tokens."""
-    rows: list[Any] = connection.execute(SELECT_EXPIRED, (now, limit)).fetchall()
-    rows += connection.execute(SELECT_EXPIRED_STUCK, (now, limit)).fetchall()
+    rows: list[Any] = connection.execute(SELECT_EXPIRED, (now, BATCH_ROWS)).fetchall()
+    rows += connection.execute(SELECT_EXPIRED_STUCK, (now, BATCH_ROWS)).fetchall()
     if not rows:
         return []
     seqs = dict.fromkeys(row[0] for row in rows)  # a row may be found twice
     take_all(connection, list(seqs), now, state=5)
-    return [room_token(key) for key in {row[1] for row in rows}]
+    return _rooms(row[1] for row in rows)
 
 
-def bury(connection: Connection, now: int, limit: int = BATCH_ROWS) -> list[str]:
+def _expire_heads(connection: Connection, key: str, now: int) -> list[str]:
+    """The same for those that a look at the head of `key` would walk past."""
+    rows: Any = connection.execute(SELECT_EXPIRED_HEADS, (now, key, BATCH_ROWS)).fetchall()
+    seqs = [seq for seq, expired in rows if expired]
+    if not seqs:
+        return []
+    take_all(connection, seqs, now, state=5)
+    return [room_token(key)]
+
+
+def bury(connection: Connection, now: int) -> list[str]:
     """Move what died with its last lease, under whatever key, to the dead letters; tokens."""
-    rows: list[Any] = connection.execute(SELECT_LAST, (now, limit)).fetchall()
-    rows += connection.execute(SELECT_LAST_STUCK, (now, limit)).fetchall()
+    rows: list[Any] = connection.execute(SELECT_LAST, (now, BURY_ROWS)).fetchall()
+    rows += connection.execute(SELECT_LAST_STUCK, (now, BURY_ROWS)).fetchall()
     tokens: list[str] = []
-    for seq, died_first in {row[0]: row[6] for row in rows}.items():
-        if died_first:
-            tokens += _bury_one(connection, seq, now, "attempts")
-        else:
-            take_all(connection, [seq], now, state=5)
-    return [*tokens, *(room_token(key) for key in {row[1] for row in rows})]
+    for seq, died in {row[0]: row[2] for row in rows}.items():
+        tokens += _carry_out(connection, seq, now, died=died)
+    return [*tokens, *_rooms(row[1] for row in rows)]
+
+
+def _carry_out(connection: Connection, seq: int, now: int, *, died: bool) -> list[str]:
+    """Make a tombstone of what is gone by the clock: dead, or expired; tokens."""
+    if died:
+        return _bury_one(connection, seq, now, "attempts")
+    take_all(connection, [seq], now, state=5)
+    return []
+
+
+def _rooms(keys: Iterable[bytes]) -> list[str]:
+    """The tokens of those that can be named; nobody can wait for the others."""
+    named = map(nameable, set(keys))
+    return [room_token(key) for key in named if key is not None]
 
 
 def bury_unreadable(connection: Connection, head: Head, now: int) -> list[str]:
@@ -583,11 +622,12 @@ def dead_key(key: str) -> str | None:
 
 def _bury_one(connection: Connection, seq: int, now: int, reason: str) -> list[str]:
     rows: list[Any] = connection.execute(SELECT_DYING, (seq,)).fetchall()
-    _, key, headers, pushed_at, attempts = rows[0]
-    target = dead_key(key)
-    if target is None:  # somebody's SQL asked for that; nothing is lost
+    blob, headers, pushed_at, attempts = rows[0]
+    key = nameable(blob)
+    target = None if key is None else dead_key(key)
+    if key is None or target is None:  # somebody's SQL asked for that; nothing is lost
         connection.execute(NACK, (now, 0, seq))
-        return [key]
+        return [] if key is None else [key]
     origin = {
         ORIGIN_KEY: key,
         ORIGIN_SEQ: str(seq),
@@ -614,7 +654,9 @@ def requeue(connection: Connection, key: str, now: int, limit: int) -> tuple[int
     found = heads(connection, source, now, limit)
     for head in found:
         headers = readable_headers(head.headers)
-        target = headers.get(ORIGIN_KEY, key)
+        target = nameable(headers.get(ORIGIN_KEY, key).encode(errors="replace")) or key
+        if target == source:
+            target = key
         kept = {name: text for name, text in headers.items() if name not in _ORIGIN}
         text = _json(kept) if kept else None
         connection.execute(INSERT_MOVED, (target, text, now, head.seq))

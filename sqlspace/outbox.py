@@ -10,19 +10,12 @@ No doorbell is rung: waiters see that the file changes.
 
 import contextlib
 import logging
-import time
 from typing import Any, Protocol
 
-from .arguments import (
-    check_delay_micros,
-    check_headers,
-    check_key,
-    check_payload,
-    check_size,
-    check_ttl_micros,
-    kind,
-)
+from . import clock
+from .arguments import kind
 from .errors import SchemaError
+from .pushing import Push
 
 __all__ = ["push_on"]
 
@@ -32,7 +25,7 @@ log = logging.getLogger("sqlspace")
 # into it. A hit must be an update, if of nothing: after DO NOTHING no row would be returned.
 INSERT_OR_FIND = """
 INSERT INTO sqlspace_entries
-  (key, payload, headers, state, pushed_at, due_at, delay, expires_at, dedupe)
+  (key, payload, headers, pushed_at, state, due_at, delay, expires_at, dedupe)
 VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
 ON CONFLICT (key, dedupe) WHERE dedupe IS NOT NULL DO UPDATE SET dedupe = excluded.dedupe
 RETURNING seq
@@ -42,8 +35,6 @@ SELECT_VERSION = "SELECT CAST(sqlite_version() AS BLOB)"
 PRAGMA_AUTOCHECKPOINT = "PRAGMA wal_autocheckpoint"  # there is no table-valued form of it
 
 _MISSING = "no such table: sqlspace_entries"  # SQLite's own words, in whatever exception
-
-_READY, _DELAYED = 0, 1
 
 # What makes other rows than tuples: of the stdlib's sqlite3, of apsw.
 _ROW_HOOKS = ("row_factory", "row_trace")
@@ -118,28 +109,11 @@ def push_on(
             "connection must be a driver's: of SQLAlchemy's, hand in "
             "connection.connection.driver_connection"
         )
-    key, payload, text = check_key(key), check_payload(payload), check_headers(headers)
-    check_size(key, payload, text)
-    ttl_micros = check_ttl_micros(ttl)
-    delay_micros = check_delay_micros(delay, ttl_micros)
-    if dedupe is not None:
-        dedupe = check_key(dedupe, "dedupe")
+    wanted = Push.checked(key, payload, headers=headers, ttl=ttl, delay=delay, dedupe=dedupe)
     if _untold and _versions.get(type(connection)) != "":
         _advise(connection)
-    now = time.time_ns() // 1000
-    row = (
-        key,
-        payload,
-        text,
-        _DELAYED if delay_micros else _READY,
-        now,
-        now + delay_micros if delay_micros else None,
-        delay_micros or None,
-        None if ttl_micros is None else now + ttl_micros,
-        dedupe,
-    )
     try:
-        return int(_fetch(connection, INSERT_OR_FIND, row))
+        return int(_fetch(connection, INSERT_OR_FIND, wanted.row(clock.now())))
     except Exception as error:
         if _MISSING in str(error):
             raise SchemaError(

@@ -107,7 +107,7 @@ def examine(connection: apsw.Connection) -> int:
     """
     with connection:  # one state, though others may be at a migration
         version = _examine(connection)
-    return version
+    return version  # noqa: RET504  # in the block, mypy takes it for one that swallows errors
 
 
 def _examine(connection: apsw.Connection) -> int:

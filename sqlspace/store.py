@@ -303,6 +303,7 @@ class Store:
         keys = _checked_keys(key_or_keys)
         wanted = _checked_lease(keys, lease, max_attempts, ordered)
         claim = taking.wait_and_grab(
+            self._database,
             lambda waiter: Claim(self._database, keys, wanted, self._deliver, waiter),
             keys,
             timeout,
@@ -572,7 +573,11 @@ class Store:
         self, keys: list[str], timeout: float | None, context: Context | None
     ) -> Grab:
         return taking.wait_and_grab(
-            lambda waiter: Grab(self._database, keys, waiter), keys, timeout, context
+            self._database,
+            lambda waiter: Grab(self._database, keys, waiter),
+            keys,
+            timeout,
+            context,
         )
 
     def _deliver(self, grant: Grant) -> Delivery:

@@ -109,14 +109,21 @@ class Grab:
         tokens = [*self._tokens, *self._rings(key)]
         if self.head.seq % upkeep.PRUNE_EVERY == 0:
             tokens += tidy(self.database, connection)
-        if (
-            self._waiter is not None
-            and self.database.bell.awaited(key, self._waiter)
-            and browsing.stands_ready(connection, key)
-        ):
-            # One ring wakes one taker: there is more, so this one wakes the next.
-            tokens.append(key)
+        if self._waiter is not None:
+            tokens += self._passed_on(connection, self._waiter)
         return tokens
+
+    def _passed_on(self, connection: Connection, waiter: Waiter) -> list[str]:
+        """One ring wakes one taker, and this one may have been rung for each of its keys.
+
+        So for what is left there it wakes the next.
+        """
+        bell = self.database.bell
+        return [
+            key
+            for key in self.keys
+            if bell.awaited(key, waiter) and browsing.stands_ready(connection, key)
+        ]
 
     def _get(self, connection: Connection) -> None:
         caught: list[str] = []
@@ -318,6 +325,7 @@ def any_ready(connection: Connection, keys: Iterable[str]) -> bool:
 
 
 def wait_and_grab(
+    database: Database,
     make: Callable[[Waiter | None], G],
     tokens: Sequence[str],
     timeout: float | None,
@@ -328,13 +336,13 @@ def wait_and_grab(
     """Make attempts until one succeeds.
 
     Args:
+        database: Where.
         make: A new attempt, of the waiter it gets.
         tokens: For which to be woken.
         timeout: Seconds, or None.
         context: Another bound, or None.
         in_turn: As `wait_for` has it.
     """
-    database = make(None).database
 
     def look(waiter: Waiter, enrolled: bool) -> None:
         attempt = make(waiter if enrolled else None)
@@ -391,8 +399,10 @@ def wait_for(
             for token in tokens:
                 bell.ring(token)
 
-    def horizon() -> float | None:
-        return browsing.seconds_ahead(database, tokens)
+    def horizon() -> None:
+        ahead = browsing.seconds_ahead(database, tokens)
+        if ahead is not None:  # the watch looks then, for all of this process at once
+            database.bell.expect(ahead)
 
     return wait(
         look_enrolled,

@@ -83,7 +83,7 @@ class Transaction:
             if kind is None:
                 self._database.commit(dict.fromkeys(self._rings))
                 for delivery in self._settled:
-                    delivery._settle()  # noqa: SLF001  # one piece with it
+                    delivery._settled = True  # noqa: SLF001  # one piece with it
         finally:
             self._end()
 

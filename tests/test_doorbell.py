@@ -372,6 +372,28 @@ def test_pull_any_is_woken_for_each_of_its_keys(store, path, child, key):
     waiter.finish()
 
 
+def test_who_is_rung_for_one_key_and_takes_of_another_wakes_the_next(store, monkeypatch):
+    """A ring whose taker finds something that it prefers is passed on, not used up."""
+    for module in (doorbell, waiting):
+        monkeypatch.setattr(module, "LOOK_AGAIN_SECONDS", 1000.0)
+    monkeypatch.setattr(doorbell, "_LOOK_FIRST_SECONDS", 1e9)  # nor does it see a change by itself
+    monkeypatch.setattr(doorbell._Watch, "_arm", lambda *_: None)
+    join_watcher = in_threads(1, lambda _: store.pull("watched", 60))  # its heir would look too
+    parked(1)
+    join_both = in_threads(1, lambda _: store.pull_any(["preferred", "shared"], 60))
+    parked(2)
+    join_one = in_threads(1, lambda _: store.pull("shared", 60))
+    parked(3)
+    with store.transaction() as together:
+        together.push("shared", b"1")
+        insert = "INSERT INTO sqlspace_entries (key, payload, pushed_at) VALUES (?, ?, 1)"
+        together._connection.execute(insert, ("preferred", b"2"))  # which rings for nobody
+    assert join_both() == [("preferred", b"2")]
+    assert join_one() == [b"1"]
+    store.push("watched", b"3")
+    assert join_watcher() == [b"3"]
+
+
 def test_who_is_stopped_does_not_swallow_the_ring(store, path, child):
     """A ring may go to a process that stands still; then the others hear it through inotify."""
     source = """

@@ -85,7 +85,7 @@ def clock(monkeypatch):
     """The time of a push, in nanoseconds."""
     clock = types.SimpleNamespace(now=1_700_000_000_000_000_999)
     clock.time_ns = lambda: clock.now
-    monkeypatch.setattr(outbox, "time", clock)
+    monkeypatch.setattr("sqlspace.clock.time", clock)
     return clock
 
 
