@@ -2,7 +2,6 @@
 
 import contextlib
 
-import apsw
 import pytest
 
 import sqlspace
