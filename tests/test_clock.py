@@ -4,7 +4,7 @@ The plain Python is `Entry.state` of `helpers/model.py`. Rows are written past e
 there are also those which no verb would leave behind at that time.
 """
 
-import datetime
+import datetime as dt
 import json
 import os
 import tempfile
@@ -173,7 +173,7 @@ def compare_looks(store, key, given, now):
 
 
 def as_datetime(text):
-    return datetime.datetime.strptime(text, "%Y-%m-%d %H:%M:%S.%f").replace(tzinfo=datetime.UTC)
+    return dt.datetime.strptime(text, "%Y-%m-%d %H:%M:%S.%f").replace(tzinfo=dt.UTC)
 
 
 def is_near(shown, unix_seconds):
@@ -248,9 +248,7 @@ def compare_keys(connection, live, now):
     for key, (ready, leased, delayed, oldest, size) in view.items():
         seen = [entry for entry in live if stands_under(entry, now) == key]
         states = [state_seen(entry, now) for entry in seen]
-        assert (ready, leased, delayed) == tuple(
-            map(states.count, ("ready", "leased", "delayed"))
-        )
+        assert (ready, leased, delayed) == tuple(map(states.count, ("ready", "leased", "delayed")))
         assert size == sum(len(entry.payload) for entry in seen)
         age = max(0, now - min(entry.pushed_at for entry in seen)) / SECOND
         assert abs(oldest - age) < FAR / SECOND

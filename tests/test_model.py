@@ -35,7 +35,7 @@ LOOKED = (*KEYS, "a/dead", "b/dead/dead", "ключ/dead")
 EXAMPLES = os.environ.get("SQLSPACE_EXAMPLES")
 
 names = st.sampled_from(("first", "second"))
-keys = st.sampled_from(KEYS)
+keys = st.sampled_from(("a", "a", *KEYS))
 looked = st.one_of(keys, st.sampled_from(LOOKED))
 key_lists = st.lists(looked, min_size=1, max_size=4)
 payloads = st.one_of(
@@ -62,18 +62,23 @@ indexes = st.integers(0, 5)
 steps = st.sampled_from((1, SECOND // 2, SECOND, 4 * SECOND, MINUTE, 3600 * SECOND, YEAR))
 jumps = st.sampled_from((-1, -SECOND, -5 * SECOND, -70 * SECOND, -7200 * SECOND, -YEAR, -10 * YEAR))
 
-# What a transaction does: the name of a verb, and what it is given.
-deeds = st.one_of(
-    st.tuples(st.just("push"), keys, payloads, ttls, delays, dedupes, headers, max_lens),
+# Verbs that a store and a transaction have, and what they are given.
+pushes = st.tuples(st.just("push"), keys, payloads, ttls, delays, dedupes, headers, max_lens)
+others = st.one_of(
     st.tuples(st.just("push_many"), keys, st.lists(payloads, max_size=3), ttls, delays),
-    st.tuples(st.just("put"), keys, payloads, ttls),
+    st.tuples(st.just("put"), looked, payloads, ttls),
     st.tuples(st.just("pull_many"), looked, st.integers(1, 4)),
     st.tuples(st.just("pullp"), looked),
     st.tuples(st.just("remove"), looked, indexes, st.booleans()),
     st.tuples(st.just("clear"), looked),
     st.tuples(st.just("peek"), looked),
     st.tuples(st.just("len"), looked),
-    st.tuples(st.sampled_from(("ack", "nack")), indexes, delays),
+)
+settlings = st.tuples(st.sampled_from(("ack", "nack")), indexes, delays)
+crowds = st.one_of(
+    st.tuples(st.just("push_many"), keys, st.lists(st.binary(max_size=5), max_size=100)),
+    st.tuples(st.just("pull_many"), looked, st.integers(1, 120)),
+    st.tuples(st.just("pull_one_by_one"), looked, st.integers(1, 80)),
 )
 
 
@@ -195,13 +200,13 @@ class Machine(RuleBasedStateMachine):
 
     @rule(index=indexes, beside=st.sampled_from((0, -1, 1)))
     def time_passes_until_something_ends(self, index, beside):
-        ends = [time for time in self.model.edges() if time >= self.model.now]
+        ends = [time for time in self.model.edges() if time + beside > self.model.now]
         if index < len(ends):
             self.move_clock(ends[index] + beside)
 
     @rule(index=indexes, beside=st.sampled_from((0, -1, 1)))
     def clock_jumps_back_to_an_end(self, index, beside):
-        ends = [time for time in self.model.edges() if time < self.model.now][::-1]
+        ends = [time for time in self.model.edges() if time + beside < self.model.now][::-1]
         if index < len(ends):
             self.move_clock(ends[index] + beside)
 
@@ -242,7 +247,7 @@ class Machine(RuleBasedStateMachine):
         entry.delay(now, delay)
         self.model.push(entry)
 
-    def do_push_many(self, to, key, some, ttl, delay):
+    def do_push_many(self, to, key, some, ttl=None, delay=0):
         if ttl is not None and delay >= ttl:
             with pytest.raises(ValueError, match="less than ttl"):
                 to.push_many(key, some, ttl=seconds(ttl), delay=seconds(delay))
@@ -261,6 +266,10 @@ class Machine(RuleBasedStateMachine):
 
     def do_pullp(self, to, key):
         assert [to.pullp(key)] == (self.model.pull(key) or [None])
+
+    def do_pull_one_by_one(self, to, key, number):
+        for _ in range(min(number, len(self.model.ready(key)))):
+            self.do_pullp(to, key)
 
     def do_remove(self, to, key, index, from_end):
         """An entry that is there, in whatever state; or one that isn't."""
@@ -282,39 +291,24 @@ class Machine(RuleBasedStateMachine):
     def do_len(self, to, key):
         assert to.len(key) == self.model.count(key)
 
-    # -- adding
+    # -- adding and taking
 
-    @rule(
-        name=names,
-        key=keys,
-        payload=payloads,
-        ttl=ttls,
-        delay=delays,
-        dedupe=dedupes,
-        headers=headers,
-        max_len=max_lens,
-    )
-    def push(self, name, key, payload, ttl, delay, dedupe, headers, max_len):
-        to = self.store(name, key)
-        self.do_push(to, key, payload, ttl, delay, dedupe, headers, max_len)
+    @rule(name=names, deed=pushes)
+    def push(self, name, deed):
+        self.do(name, deed)
 
-    @rule(name=names, key=keys, payload=payloads, headers=headers)
-    def push_plainly(self, name, key, payload, headers):
-        self.do_push(self.store(name), key, payload, None, 0, None, headers, None)
+    @rule(name=names, deed=others)
+    def verb(self, name, deed):
+        self.do(name, deed)
 
-    @rule(
-        name=names,
-        key=keys,
-        some=st.lists(st.binary(max_size=5), max_size=100),
-        ttl=ttls,
-        delay=delays,
-    )
-    def push_many(self, name, key, some, ttl, delay):
-        self.do_push_many(self.store(name), key, some, ttl, delay)
+    @rule(name=names, deed=crowds)
+    def verb_with_many(self, name, deed):
+        self.do(name, deed)
 
-    @rule(name=names, key=looked, payload=payloads, ttl=ttls)
-    def put(self, name, key, payload, ttl):
-        self.do_put(self.store(name, key), key, payload, ttl)
+    def do(self, name, deed):
+        verb, key, *given = deed
+        to = self.store(name) if verb == "push_many" else self.store(name, key)
+        getattr(self, f"do_{verb}")(to, key, *given)
 
     @rule(key=keys, payload=payloads)
     def push_in_sql(self, key, payload):
@@ -328,40 +322,18 @@ class Machine(RuleBasedStateMachine):
             other.close()
         self.model.push(Entry(seq, key, payload, {}, None))
 
-    # -- taking
-
-    @rule(name=names, key=looked)
-    def pullp(self, name, key):
-        self.do_pullp(self.store(name, key), key)
-
-    @rule(name=names, key=looked)
-    def pull(self, name, key):
-        store = self.store(name, key)
-        expected = self.model.pull(key)
-        with refused(by=sqlspace.DeadlineError, unless=expected):
-            assert store.pull(key, timeout=0) == expected[0]
-
-    @rule(name=names, listed=key_lists)
-    def pull_any(self, name, listed):
-        store = self.store(name, *listed)
-        ready = next((key for key in listed if self.model.ready(key)), None)
+    @rule(name=names, listed=st.one_of(looked, key_lists))
+    def pull(self, name, listed):
+        """Or pull_any; both look once."""
+        each = [listed] if isinstance(listed, str) else listed
+        store = self.store(name, *each)
+        ready = next((key for key in each if self.model.ready(key)), None)
         with refused(by=sqlspace.DeadlineError, unless=ready):
-            found = store.pull_any(listed, timeout=0)
+            if isinstance(listed, str):
+                found = (listed, store.pull(listed, timeout=0))
+            else:
+                found = store.pull_any(listed, timeout=0)
             assert found == (ready, *self.model.pull(ready))
-
-    @rule(name=names, key=looked, limit=st.integers(1, 120))
-    def pull_many(self, name, key, limit):
-        self.do_pull_many(self.store(name, key), key, limit)
-
-    @rule(name=names, key=looked, number=st.integers(1, 80))
-    def pull_one_by_one(self, name, key, number):
-        store = self.store(name, key)
-        for _ in range(min(number, len(self.model.ready(key)))):
-            self.do_pullp(store, key)
-
-    @rule(name=names, key=looked, index=indexes, from_end=st.booleans())
-    def remove(self, name, key, index, from_end):
-        self.do_remove(self.store(name), key, index, from_end)
 
     @rule(name=names, key=looked, index=indexes)
     def remove_in_vain(self, name, key, index):
@@ -373,10 +345,6 @@ class Machine(RuleBasedStateMachine):
             self.model.visit(key)
             assert store.remove(key, seqs[index]) is False
             assert store.get(key, seqs[index]) is None
-
-    @rule(name=names, key=looked)
-    def clear(self, name, key):
-        self.do_clear(self.store(name, key), key)
 
     # -- leasing
 
@@ -416,23 +384,17 @@ class Machine(RuleBasedStateMachine):
         if head is not None:
             self.delivered(delivery, name, store, head, lease, max_attempts)
 
-    @rule(name=names, listed=key_lists, limit=st.integers(1, 30), lease=leases)
-    def claim_many(self, name, listed, limit, lease):
-        """Of dead letters, too, which don't die again: no max_attempts."""
-        self.claim_several(name, listed, limit, lease, None)
-
     @rule(
         name=names,
-        key=keys,
+        listed=st.one_of(keys, key_lists),
         limit=st.integers(1, 30),
         lease=leases,
         max_attempts=attempts,
     )
-    def claim_many_of_one_key(self, name, key, limit, lease, max_attempts):
-        self.claim_several(name, key, limit, lease, max_attempts)
-
-    def claim_several(self, name, listed, limit, lease, max_attempts):
+    def claim_many(self, name, listed, limit, lease, max_attempts):
         each = [listed] if isinstance(listed, str) else list(dict.fromkeys(listed))
+        if not set(each) <= set(KEYS):
+            max_attempts = None  # or there were no end of keys
         store = self.store(name, *each)
         heads = []
         for key in each:
@@ -466,30 +428,23 @@ class Machine(RuleBasedStateMachine):
             if not holds:  # also those before which another was refused; that is coarse enough
                 self.model.grants[token].failed = True
 
-    @rule(index=indexes)
-    def ack(self, index):
+    @rule(
+        index=indexes, verb=st.sampled_from(("ack", "nack", "extend")), delay=delays, lease=leases
+    )
+    def settle(self, index, verb, delay, lease):
         if chosen := self.chosen(index):
             delivery, token = chosen
             with self.settling([token]):
-                delivery.ack()
-                self.model.ack(token)
-
-    @rule(index=indexes, delay=delays)
-    def nack(self, index, delay):
-        if chosen := self.chosen(index):
-            delivery, token = chosen
-            with self.settling([token]):
-                delivery.nack(seconds(delay))
-                self.model.nack(token, delay)
-
-    @rule(index=indexes, lease=leases)
-    def extend(self, index, lease):
-        if chosen := self.chosen(index):
-            delivery, token = chosen
-            with self.settling([token]):
-                delivery.extend(seconds(lease))
-                self.model.extend(token, lease)
-                assert delivery.deadline == (self.model.now + lease) / 1e6
+                if verb == "ack":
+                    delivery.ack()
+                    self.model.ack(token)
+                elif verb == "nack":
+                    delivery.nack(seconds(delay))
+                    self.model.nack(token, delay)
+                else:
+                    delivery.extend(seconds(lease))
+                    self.model.extend(token, lease)
+                    assert delivery.deadline == (self.model.now + lease) / 1e6
 
     @rule(name=names, some=st.sets(indexes, max_size=4))
     def ack_many(self, name, some):
@@ -509,7 +464,11 @@ class Machine(RuleBasedStateMachine):
 
     # -- together
 
-    @rule(name=names, several=st.lists(deeds, max_size=6), commit=st.booleans())
+    @rule(
+        name=names,
+        several=st.lists(st.one_of(pushes, others, settlings), max_size=6),
+        commit=st.booleans(),
+    )
     def transaction(self, name, several, commit):
         """All of it, or nothing; and each verb sees what those before it did."""
         looked = [deed[1] for deed in several if isinstance(deed[1], str)]
@@ -583,15 +542,20 @@ class Machine(RuleBasedStateMachine):
 
     # -- looking
 
-    @rule(name=names, key=looked)
-    def peek(self, name, key):
-        self.do_peek(self.store(name, key), key)
+    @rule(
+        name=names,
+        key=looked,
+        index=indexes,
+        look=st.sampled_from(("wait", "entries", "get", "history", "stats", "keys")),
+    )
+    def look(self, name, key, index, look):
+        if look in {"wait", "entries"}:
+            getattr(self, look)(name, key)
+        elif look == "get":
+            self.get(name, key, index)
+        else:
+            getattr(self, look)(name)
 
-    @rule(name=names, key=looked)
-    def len(self, name, key):
-        self.do_len(self.store(name, key), key)
-
-    @rule(name=names, key=looked)
     def wait(self, name, key):
         """Both waits look once, and take nothing."""
         store = self.store(name, key)
@@ -618,13 +582,11 @@ class Machine(RuleBasedStateMachine):
             assert entry.deadline == (model.hold.end / 1e6 if state == "leased" else None)
         return found
 
-    @rule(name=names, key=looked)
     def entries(self, name, key):
         store = self.store(name, key)
         for entry in self.compare_entries(store, key)[:3]:
             assert store.get(key, entry.seq) == entry
 
-    @rule(name=names, key=looked, index=indexes)
     def get(self, name, key, index):
         """Also of what has expired, or is dead and stands elsewhere."""
         queue = self.model.queues[key]
@@ -634,7 +596,6 @@ class Machine(RuleBasedStateMachine):
             assert (found is not None) == model.is_live(self.model.now)
             self.model.visit(key)
 
-    @rule(name=names)
     def history(self, name):
         store = self.store(name)
         self.learn()
@@ -661,7 +622,6 @@ class Machine(RuleBasedStateMachine):
                 assert stone.taken_at == model.taken_at / 1e6
         return number
 
-    @rule(name=names)
     def stats(self, name):
         store = self.store(name, *LOOKED)
         now = self.model.now
@@ -684,7 +644,6 @@ class Machine(RuleBasedStateMachine):
         assert stats.file_bytes % stats.page_bytes == 0
         assert stats.file_bytes == os.path.getsize(self.path)
 
-    @rule(name=names)
     def keys(self, name):
         store = self.store(name, *LOOKED)
         assert store.keys() == sorted(key for key in LOOKED if self.model.live(key))
@@ -699,6 +658,10 @@ class Machine(RuleBasedStateMachine):
             for key in KEYS:
                 if not key.endswith(DEAD):
                     self.do_len(store, key)
+                    self.do_peek(store, key)
+                    self.compare_entries(store, key)
+        for index in range(len(self.deliveries)):
+            self.chosen(index)
 
     # -- upkeep
 
@@ -738,8 +701,8 @@ class Machine(RuleBasedStateMachine):
 
 
 Machine.TestCase.settings = settings(
-    max_examples=int(EXAMPLES or 250),
-    stateful_step_count=40,
+    max_examples=int(EXAMPLES or 500),
+    stateful_step_count=50,
     deadline=None,
     derandomize=EXAMPLES is None,
     print_blob=True,
