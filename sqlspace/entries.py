@@ -67,6 +67,7 @@ BATCH_ROWS = 1000  # changed in one step
 BURY_ROWS = 200  # moved in one step; each costs several statements
 LONGEST_WITH_DEAD = KEY_BYTES - len(DEAD)
 NO_SEQ = (1 << 62) + 1  # beyond those that a row can have
+MINUTE_MICROS = 60_000_000  # that of since_at
 
 # -- what a row is, by the clock
 
@@ -115,6 +116,13 @@ SELECT (SELECT count(*) FROM sqlspace_entries INDEXED BY sqlspace_entries_live
          WHERE since_at > ?1 AND {LAST_LEASE} AND key = ?2
            AND deadline > ?1 AND {UNEXPIRED})
 """
+# Those dead letters of ?2's that have not been moved.
+COUNT_DYING = f"""
+SELECT (SELECT count(*) FROM sqlspace_entries INDEXED BY sqlspace_entries_last
+         WHERE deadline <= ?1 AND {LAST_LEASE} AND key = ?2 AND {DIED_FIRST})
+     + (SELECT count(*) FROM sqlspace_entries INDEXED BY sqlspace_entries_last_since
+         WHERE since_at > ?1 AND {LAST_LEASE} AND key = ?2 AND deadline > ?1 AND {DIED_FIRST})
+"""
 
 # -- looking for the head
 
@@ -157,7 +165,8 @@ SELECT EXISTS (SELECT 1 FROM sqlspace_entries INDEXED BY sqlspace_entries_last
 """
 SELECT_BLOCKED = f"""
 SELECT 1 FROM sqlspace_entries INDEXED BY sqlspace_entries_live
- WHERE key = ?2 AND state = 2 AND state < 3 AND seq < ?3 AND {HELD} LIMIT 1
+ WHERE key = ?2 AND state = 2 AND state < 3 AND seq < ?3 AND {HELD}
+   AND (deadline IS NOT NULL OR {UNEXPIRED}) LIMIT 1
 """
 
 # -- taking and leasing
@@ -299,7 +308,11 @@ SELECT EXISTS (SELECT 1 FROM sqlspace_entries INDEXED BY sqlspace_entries_expiri
     OR EXISTS (SELECT 1 FROM sqlspace_entries INDEXED BY sqlspace_entries_lives
                 WHERE lives_since > ?1 AND lives_since IS NOT NULL AND state < 3)
 """
-SELECT_STANDS = "SELECT 1 FROM sqlspace_entries WHERE seq = ? AND state = 0"
+# Ready, whether or not that has been carried out.
+SELECT_IS_READY = f"""
+SELECT 1 FROM sqlspace_entries
+ WHERE seq = ?2 AND state < 3 AND {UNEXPIRED} AND (until_at IS NULL OR {OVER} AND NOT {LAST})
+"""
 SELECT_DYING = """
 SELECT CAST(key AS BLOB), CAST(headers AS BLOB), pushed_at, attempts
   FROM sqlspace_entries WHERE seq = ?
@@ -364,6 +377,10 @@ class Grant(NamedTuple):
         """When it was leased, in Unix microseconds."""
         return self.deadline - self.micros
 
+    def is_over(self, now: int) -> bool:
+        """What OVER says of its row, unless somebody has changed that since."""
+        return self.deadline <= now or self.deadline - 2 * self.micros - MINUTE_MICROS > now
+
 
 # -- adding
 
@@ -396,8 +413,10 @@ def find_dedupe(
 
 
 def count(connection: Connection, key: str, now: int) -> int:
-    """How many live entries `key` holds."""
+    """How many live entries `key` holds; of dead letters also those that must still be moved."""
     found: Any = connection.execute(COUNT, (now, key)).get
+    if key.endswith(DEAD):
+        found += connection.execute(COUNT_DYING, (now, key.removesuffix(DEAD))).get
     return int(found)
 
 
@@ -634,7 +653,7 @@ def _rooms(keys: Iterable[bytes]) -> list[str]:
 
 def bury_unreadable(connection: Connection, head: Head, now: int) -> list[str]:
     """Move an entry to the dead letters because of what it holds, if it is still there; tokens."""
-    if not connection.execute(SELECT_STANDS, (head.seq,)).fetchall():
+    if not connection.execute(SELECT_IS_READY, (now, head.seq)).fetchall():
         return []
     return _bury_one(connection, head.seq, now, "unreadable")
 
