@@ -20,7 +20,7 @@ import apsw
 
 from . import clock, connection, schema
 from .arguments import nameable
-from .entries import DEAD, DIED_FIRST, LIVE, OVER
+from .entries import DEAD, DIED_FIRST, LAST_LEASE, LIVE, OVER
 from .errors import StoreError
 from .mounts import network_file_system
 from .store import Store, open_existing
@@ -46,7 +46,7 @@ SELECT CAST(key AS BLOB), count(*) FROM sqlspace_entries INDEXED BY sqlspace_ent
 UNION ALL
 SELECT CAST(key || '{DEAD}' AS BLOB), count(*)
   FROM sqlspace_entries INDEXED BY sqlspace_entries_last
- WHERE deadline IS NOT NULL AND attempts >= max_attempts AND {OVER} AND {DIED_FIRST} GROUP BY key
+ WHERE {LAST_LEASE} AND {OVER} AND {DIED_FIRST} GROUP BY key
 """
 # More than 10 say no more than 10.
 CHECK_INTEGRITY = "PRAGMA integrity_check(10)"
