@@ -239,15 +239,20 @@ def check_lease_micros(lease: object, argument: str = "lease") -> int:
 
 def _seconds(value: object, argument: str, wanted: str) -> float:
     """A number of 0 or more, infinity included."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{argument} must be {wanted}, not {kind(value)}")
-    try:
-        seconds = float(value)
-    except OverflowError:  # beyond every clock; typeshed's Real has no order
-        seconds = math.inf if value > 0 else -math.inf  # type: ignore[operator]
+    # Mostly it is a float; to ask an ABC takes 0.3 µs.
+    seconds = value if type(value) is float else _float(value, argument, wanted)
     if math.isnan(seconds) or seconds < 0:
         raise ValueError(f"{argument} must be 0 or more seconds, not {shown(value)}")
     return seconds
+
+
+def _float(value: object, argument: str, wanted: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{argument} must be {wanted}, not {kind(value)}")
+    try:
+        return float(value)
+    except OverflowError:  # beyond every clock; typeshed's Real has no order
+        return math.inf if value > 0 else -math.inf  # type: ignore[operator]
 
 
 def _micros(seconds: float) -> int:

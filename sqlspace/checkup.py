@@ -11,14 +11,16 @@ import pwd
 import shutil
 import stat
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import apsw
 
-from . import connection, schema
+from . import clock, connection, schema
 from .arguments import nameable
+from .entries import DEAD, DIED_FIRST, LIVE, OVER
 from .errors import StoreError
 from .mounts import network_file_system
 from .store import Store, open_existing
@@ -36,6 +38,15 @@ SELECT count(*) FROM sqlspace_entries
             THEN json_type(headers) <> 'object'
                  OR EXISTS (SELECT 1 FROM json_each(headers) WHERE type <> 'text')
             ELSE headers IS NOT NULL END
+"""
+# And those that are dead, but not moved yet; ?1 is now.
+COUNT_DEAD = f"""
+SELECT CAST(key AS BLOB), count(*) FROM sqlspace_entries INDEXED BY sqlspace_entries_live
+ WHERE state < 3 AND substr(CAST(key AS BLOB), -5) = CAST('{DEAD}' AS BLOB) AND {LIVE} GROUP BY key
+UNION ALL
+SELECT CAST(key || '{DEAD}' AS BLOB), count(*)
+  FROM sqlspace_entries INDEXED BY sqlspace_entries_last
+ WHERE deadline IS NOT NULL AND attempts >= max_attempts AND {OVER} AND {DIED_FIRST} GROUP BY key
 """
 # More than 10 say no more than 10.
 CHECK_INTEGRITY = "PRAGMA integrity_check(10)"
@@ -231,14 +242,30 @@ def _content(store: Store) -> Iterator[Finding]:
         yield _ok("keys", "all are valid")
     if broken := read(COUNT_BAD_HEADERS)[0][0]:
         yield _problem("headers", f"those of {broken:,} entries are no JSON object of strings")
-    found = store.stats()
-    free = found.free_pages * found.page_bytes
-    text = f"{found.free_pages:,} ({_kib(free)})"
-    if free > max(_MUCH_FREE_BYTES, found.file_bytes // 2):
+    yield _dead_letters(read(COUNT_DEAD, (clock.now(),)))
+    # Not by Store.stats(), which has the dead moved first.
+    free_pages = read("PRAGMA freelist_count")[0][0]
+    free = free_pages * read("PRAGMA page_size")[0][0]
+    text = f"{free_pages:,} ({_kib(free)})"
+    if free > max(_MUCH_FREE_BYTES, store._database.sizes()[0] // 2):  # noqa: SLF001
         text += ", more than half of the file: sqlspace compact gives them back"
         yield _warning("free pages", text)
     else:
         yield _ok("free pages", text)
+
+
+def _dead_letters(found: list[tuple[bytes, int]]) -> Finding:
+    if not found:
+        return _ok("dead letters", "none")
+    counts: Counter[bytes] = Counter()
+    for key, number in found:
+        counts[key] += number
+    most = max(counts, key=lambda key: counts[key]).decode(errors="backslashreplace")
+    return _warning(
+        "dead letters",
+        f"{counts.total():,}, most of them of {most.removesuffix(DEAD)!a}: sqlspace dead DATABASE "
+        "KEY shows them, its --requeue moves them back",
+    )
 
 
 def _user(number: int) -> str:

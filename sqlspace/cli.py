@@ -1,5 +1,7 @@
 """The command line: each command is a few verbs of a Store, made fit for a shell.
 
+Here stand those that change something; those that only look are in `looking`.
+
 Only `push` makes a store; the others refuse a file that holds none. What is given on the command
 line is checked before the file is touched.
 
@@ -8,19 +10,18 @@ history counts, and to look must not cut the history of an application that keep
 """
 
 import dataclasses
-import functools
-import itertools
 import json
 import os
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import click
 
-from . import checkup, terminal
-from .arguments import ROW_BYTES, check_headers, check_key, check_size, check_timeout
+from . import entries, looking, options, running, terminal
+from .arguments import ROW_BYTES, check_headers, check_size
 from .errors import DeadlineError, SpaceError
+from .pushing import Batch
+from .records import Entry
 from .store import Store, open, open_existing
 
 __all__ = ["commands", "run"]
@@ -30,8 +31,6 @@ __all__ = ["commands", "run"]
 _BATCH_ENTRIES = 256
 _BATCH_BYTES = 1 << 20
 
-_COLORS = {"ok": "green", "warning": "yellow", "problem": "red"}
-
 
 def run() -> None:
     """What the program does; ends by `SystemExit`."""
@@ -39,118 +38,12 @@ def run() -> None:
     commands.main(prog_name="sqlspace")
 
 
-# -- arguments and options that several commands share
-
-
-def _checked(check: Callable[[Any], Any]) -> Callable[..., Any]:
-    """A callback of click: the value, if the library's own check passes it."""
-
-    def callback(context: click.Context, parameter: click.Parameter, value: Any) -> Any:
-        try:
-            return None if value is None else check(value)
-        except ValueError as error:
-            raise click.BadParameter(str(error), context, parameter) from None
-
-    return callback
-
-
-def _seconds(value: float) -> float:
-    check_timeout(value, "it")
-    return value
-
-
-def _number_or_all(text: str) -> int | None:
-    if text != "all" and not (text.isascii() and text.isdecimal()):
-        raise ValueError(f"it must be a number or all, not {text!a}")
-    return None if text == "all" else int(text)
-
-
-def _named(headers: Iterable[str]) -> dict[str, str]:
-    named: dict[str, str] = {}
-    for header in headers:
-        name, equals, value = header.partition("=")
-        if not name or not equals:
-            raise ValueError(f"it must be NAME=VALUE, not {header!a}")
-        if name in named:
-            raise ValueError(f"{name!a} is given twice")
-        named[name] = value
-    return named
-
-
-def _examples(*lines: str) -> str:
-    """For a command's help."""
-    return "\b\n" + "\n  ".join(("Examples:", *lines))
-
-
-_database = click.argument("database", metavar="DATABASE")
-_key = click.argument("key", callback=_checked(check_key))
-_as_json = click.option("--json", "as_json", is_flag=True, help="Write JSON, for a program.")
-
-
-def _many(command: Callable[..., None]) -> Callable[..., None]:
-    """The options of how many, handed on as `limit`; None is one, with no newline behind it."""
-
-    @click.option(
-        "-n", "--limit", type=click.IntRange(min=1), help="Up to so many, a newline after each."
-    )
-    @click.option("--all", "every", is_flag=True, help="All, a newline after each.")
-    @functools.wraps(command)
-    def wrapped(*, limit: int | None, every: bool, **others: Any) -> None:
-        if every and limit is not None:
-            raise click.UsageError("--limit and --all don't go together")
-        command(limit=sys.maxsize if every else limit, **others)
-
-    return wrapped
-
-
-def _opening(command: Callable[..., None]) -> Callable[..., None]:
-    """The options of opening, handed on as `opening`."""
-
-    @click.option(
-        "--allow-network",
-        is_flag=True,
-        help="Open a file on a network file system; only one machine may use it.",
-    )
-    @click.option(
-        "--busy-timeout",
-        type=float,
-        callback=_checked(_seconds),
-        metavar="SECONDS",
-        default=30.0,
-        show_default=True,
-        help="Give up (exit 3) when others hold the write lock for longer.",
-    )
-    @functools.wraps(command)
-    def wrapped(*, allow_network: bool, busy_timeout: float, **others: Any) -> None:
-        opening = {"allow_network": allow_network, "busy_timeout": busy_timeout}
-        command(opening=opening, **others)
-
-    return wrapped
-
-
-def _opened(command: Callable[..., None]) -> Callable[..., None]:
-    """The options of opening; DATABASE, which must be a store, is handed on as `store`."""
-
-    @_opening
-    @functools.wraps(command)
-    def wrapped(
-        *, database: str, opening: dict[str, Any], history: int | None = None, **others: Any
-    ) -> None:
-        with open_existing(database, history=history, **opening) as store:
-            command(store=store, **others)
-
-    return wrapped
-
-
-# -- the commands
-
-
 @click.group(
     "sqlspace",
     cls=terminal.Commands,
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog=_examples("sqlspace push queue.db mail 'hello'", "sqlspace pull queue.db mail")
+    epilog=options.examples("sqlspace push queue.db mail 'hello'", "sqlspace pull queue.db mail")
     + "\n\nExit codes: 0 done, 1 nothing there or timed out, 2 misuse, 3 the store failed; "
     "130 after Ctrl-C, 141 when nobody reads the output any more.",
 )
@@ -167,26 +60,46 @@ def commands(context: click.Context) -> None:
 
 
 @commands.command(
-    epilog=_examples(
+    epilog=options.examples(
         "sqlspace push queue.db mail 'hello' --header from=me",
         "tail -f app.log | sqlspace push queue.db log --lines",
     )
 )
-@_database
-@_key
+@options.database
+@options.key
 @click.argument("payload", required=False)
 @click.option(
     "--header",
     "headers",
     metavar="NAME=VALUE",
     multiple=True,
-    callback=_checked(_named),
+    callback=options.checked(options.named_headers),
     help="Repeatable.",
 )
 @click.option("--lines", is_flag=True, help="Push each line of stdin, without its newline.")
+@options.timing
+@click.option(
+    "--dedupe",
+    callback=options.checked(options.name),
+    metavar="TEXT",
+    help="Add nothing if KEY holds an entry with this TEXT, or held one that the file remembers.",
+)
+@click.option(
+    "--max-len",
+    type=click.IntRange(min=1),
+    metavar="NUMBER",
+    help="Wait until KEY holds fewer entries, for ever unless told --timeout.",
+)
+@click.option(
+    "--timeout",
+    type=float,
+    callback=options.checked(options.seconds),
+    metavar="SECONDS",
+    help="With --max-len: wait so long at most, then exit 1.",
+)
 @click.option("--seq", "tell", is_flag=True, help="Write the entry's number.")
 @click.option("--no-sync", is_flag=True, help="Faster; a power cut may lose the newest entries.")
-@_opening
+@options.opening
 def push(
     *,
     database: str,
@@ -194,6 +107,11 @@ def push(
     payload: str | None,
     headers: dict[str, str],
     lines: bool,
+    ttl: float | None,
+    delay: float | None,
+    dedupe: str | None,
+    max_len: int | None,
+    timeout: float | None,
     tell: bool,
     no_sync: bool,
     opening: dict[str, Any],
@@ -208,8 +126,14 @@ def push(
     With --lines what has come by now goes into one transaction, so a slow source is pushed line by
     line and a fast one in large batches; if one fails, those before it are in.
     """
-    if lines and (payload is not None or headers):
-        raise click.UsageError("--lines reads stdin, and goes with neither PAYLOAD nor --header")
+    single = payload, dedupe, max_len
+    if lines and (headers or any(option is not None for option in single)):
+        raise click.UsageError(
+            "--lines reads stdin, and goes with none of PAYLOAD, --header, --dedupe, --max-len"
+        )
+    if timeout is not None and max_len is None:
+        raise click.UsageError("--timeout bounds the wait for room, and needs --max-len")
+    Batch.checked(key, [], ttl, delay)  # before stdin is read, which may take long
     source = terminal.source() if payload is None else None
     data = b""
     if not lines:
@@ -217,18 +141,29 @@ def push(
         check_size(key, data, check_headers(headers))
     with open(database, sync=not no_sync, history=None, **opening) as store:
         if lines:
-            _push_lines(store, key, tell=tell)
-        else:
-            seq = store.push(key, data, headers=headers)
-            if tell:
-                terminal.write_line(str(seq))
+            _push_lines(store, key, ttl, delay, tell=tell)
+            return
+        seq = store.push(
+            key,
+            data,
+            headers=headers,
+            dedupe=dedupe,
+            max_len=max_len,
+            timeout=timeout,
+            ttl=ttl,
+            delay=delay,
+        )
+        if tell:
+            terminal.write_line(str(seq))
 
 
-def _push_lines(store: Store, key: str, *, tell: bool) -> None:
+def _push_lines(
+    store: Store, key: str, ttl: float | None, delay: float | None, *, tell: bool
+) -> None:
     done = 0
     try:
         for batch in terminal.lines():
-            seqs = store.push_many(key, batch)
+            seqs = store.push_many(key, batch, ttl=ttl, delay=delay)
             done += len(batch)
             if tell:
                 terminal.write_line("\n".join(map(str, seqs)))
@@ -239,37 +174,52 @@ def _push_lines(store: Store, key: str, *, tell: bool) -> None:
 
 
 @commands.command(
-    epilog=_examples(
+    cls=options.CommandWithProgram,
+    epilog=options.examples(
         "sqlspace pull queue.db mail --timeout 10 > message",
         "sqlspace pull queue.db jobs --all --json | jq -r .payload",
-    )
+        "sqlspace pull queue.db mail --lease 60 -- sendmail -t",
+        "sqlspace pull queue.db jobs --lease 60 --all --wait --max-attempts 5 -- ./work",
+        "sqlspace pull queue.db jobs --lease 60 -- sh -c 'cat > job-$SQLSPACE_SEQ'",
+    ),
 )
-@_database
-@_key
+@options.database
+@options.key
 @click.option("--wait", is_flag=True, help="Wait for an entry, for ever unless told --timeout.")
 @click.option(
     "--timeout",
     type=float,
-    callback=_checked(_seconds),
+    callback=options.checked(options.seconds),
     metavar="SECONDS",
     help="Wait for one, so many seconds at most.",
 )
-@_many
+@options.many
+@options.leasing
 @click.option(
     "--history",
-    callback=_checked(_number_or_all),
+    callback=options.checked(options.number_or_all),
     metavar="NUMBER|all",
     default="10000",
     show_default=True,
     help="How many entries taken the file remembers, over all keys; the smallest number of all "
     "programs that have it open counts.",
 )
-@_as_json
-@_opened
+@options.as_json
+@options.opening
 def pull(
-    *, store: Store, key: str, wait: bool, timeout: float | None, limit: int | None, as_json: bool
+    *,
+    database: str,
+    key: str,
+    argv: list[str],
+    wait: bool,
+    timeout: float | None,
+    limit: int | None,
+    terms: running.Terms | None,
+    history: int | None,
+    as_json: bool,
+    opening: dict[str, Any],
 ) -> None:
-    """Take the first entry of KEY.
+    """Take the first entry of KEY, or run COMMAND for it.
 
     Writes its payload as it is, with no newline behind it.
 
@@ -279,14 +229,33 @@ def pull(
     An entry that was taken is out of the file. One that can't be written (the disk is full, nobody
     reads the pipe, Ctrl-C) is put back; with --limit and --all a batch of 1 MB or 256 entries may
     be lost then.
+
+    With --lease the entry stays in the file until COMMAND, which stands after --, has ended with 0.
+    The payload is its stdin; SQLSPACE_KEY, SQLSPACE_SEQ, SQLSPACE_ATTEMPTS (1 the first time) and
+    SQLSPACE_HEADERS (a JSON object) are in its environment. The lease is renewed while it runs.
+    When it fails, its code is a line on stderr, the entry is ready again after --retry-delay, and
+    we go on with the next of --limit or --all. Ctrl-C and SIGTERM end it too, and give its entry
+    back. To wait is to wait for each entry: --all --wait goes on for ever.
+
+    Exit codes with --lease: 0 all succeeded, 1 nothing was there, 123 some COMMAND failed; 2 it
+    can't be started, or 3 its lease was lost or the store failed, and both end it at once; 143
+    after SIGTERM.
     """
+    if terms is not None and as_json:
+        raise click.UsageError("--json writes, and doesn't go with --lease")
     seconds = timeout if wait or timeout is not None else 0.0
-    if limit is None:
-        _pull_one(store, key, seconds, as_json=as_json)
-        return
-    if seconds != 0:
-        store.wait(key, seconds)
-    _pull_many(store, key, limit, as_json=as_json)
+    with open_existing(database, history=history, **opening) as store:
+        if terms is not None:
+            code = running.run_for_entries(
+                store, key, argv, terms, limit=limit or 1, seconds=seconds
+            )
+            click.get_current_context().exit(code)
+        elif limit is None:
+            _pull_one(store, key, seconds, as_json=as_json)
+        else:
+            if seconds != 0:
+                store.wait(key, seconds)
+            _pull_many(store, key, limit, as_json=as_json)
 
 
 def _pull_one(store: Store, key: str, seconds: float | None, *, as_json: bool) -> None:
@@ -322,105 +291,88 @@ def _in_json(key: str, payload: bytes) -> bytes:
 
 
 @commands.command(
-    epilog=_examples("sqlspace peek queue.db mail", "sqlspace peek queue.db mail --all --json")
+    epilog=options.examples(
+        "sqlspace dead queue.db mail",
+        "sqlspace dead queue.db mail --requeue",
+        "sqlspace dead queue.db mail --drop --seq 17",
+        "sqlspace dead queue.db mail --json | jq -r .payload",
+    )
 )
-@_database
-@_key
-@_many
-@_as_json
-@_opened
-def peek(*, store: Store, key: str, limit: int | None, as_json: bool) -> None:
-    """Write what a pull of KEY would take.
+@options.database
+@options.key
+@click.option("--requeue", is_flag=True, help="Move all to the end of the keys they came from.")
+@click.option("--drop", is_flag=True, help="Delete all, or the one of --seq.")
+@click.option("--seq", type=click.IntRange(min=1), metavar="NUMBER", help="Only this one.")
+@options.as_json
+@options.opening
+def dead(
+    *,
+    database: str,
+    key: str,
+    requeue: bool,
+    drop: bool,
+    seq: int | None,
+    as_json: bool,
+    opening: dict[str, Any],
+) -> None:
+    """List the dead letters of KEY, which stand under KEY/dead.
 
-    Takes nothing. If nothing is there, exit 1. With --limit and --all the entries behind it too, in
-    their order. With --json a line for each, with its number, headers and times.
+    The oldest first; if there are none, exit 1. A line for each, with tabs between: its number,
+    where it was (key and number), attempts, when it died (UTC), why, and how its payload begins.
+    With --json an object each, and all of the payload.
+
+    --requeue and --drop write how many they moved or deleted, 0 included; --drop --seq exits 1 if
+    there is none of that number.
     """
-    if limit is None and not as_json:
-        payload = store.peek(key)
-        if payload is None:
-            raise DeadlineError
-        terminal.write(payload)
-        return
+    if requeue and (drop or seq is not None):
+        raise click.UsageError("--requeue moves all, and goes with neither --drop nor --seq")
+    if as_json and (requeue or drop):
+        raise click.UsageError("--json lists, and goes with neither --requeue nor --drop")
+    under = entries.dead_key(key)
+    if under is None:
+        raise click.UsageError("KEY is too long to have dead letters")
+    with open_existing(database, history=None, **opening) as store:
+        if requeue:
+            terminal.write_line(str(store.requeue(key)))
+        elif drop and seq is None:
+            terminal.write_line(str(store.clear(under)))
+        elif drop:
+            _drop_one(store, under, seq or 0)
+        elif seq is None:
+            _list_dead(store.entries(under), as_json=as_json)
+        else:
+            letter = store.get(under, seq)
+            _list_dead([letter] if letter else [], as_json=as_json)
+
+
+def _drop_one(store: Store, under: str, seq: int) -> None:
+    dropped = store.remove(under, seq)
+    terminal.write_line(str(int(dropped)))
+    if not dropped:
+        raise DeadlineError
+
+
+def _list_dead(letters: Iterable[Entry], *, as_json: bool) -> None:
     found = False
-    ready = (entry for entry in store.entries(key) if entry.state == "ready")
-    for entry in itertools.islice(ready, limit or 1):
+    for letter in letters:
         found = True
         if as_json:
-            terminal.write_json({**dataclasses.asdict(entry), **terminal.spelled(entry.payload)})
-        else:
-            terminal.write(entry.payload + b"\n")
+            terminal.write_entry(letter)
+            continue
+        told = letter.headers.get  # nothing of it, if somebody pushed it here
+        origin = f"{told(entries.ORIGIN_KEY, '-')} {told(entries.ORIGIN_SEQ, '-')}"
+        died = terminal.moment(letter.pushed_at)
+        columns = [str(letter.seq), origin, told(entries.ORIGIN_ATTEMPTS, "-"), died]
+        columns += [told(entries.ORIGIN_REASON, "-"), terminal.shortened(letter.payload)]
+        terminal.write_line("\t".join(map(terminal.printable, columns)))
     if not found:
         raise DeadlineError
 
 
-@commands.command("len", epilog=_examples("sqlspace len queue.db mail"))
-@_database
-@_key
-@_opened
-def length(*, store: Store, key: str) -> None:
-    """Write how many live entries KEY holds.
-
-    0 is an answer too, and exit 0.
-    """
-    terminal.write_line(str(store.len(key)))
-
-
-@commands.command(epilog=_examples("sqlspace keys queue.db"))
-@_database
-@_as_json
-@_opened
-def keys(*, store: Store, as_json: bool) -> None:
-    """Write the keys that hold entries.
-
-    Sorted, one a line; with --json one list.
-    """
-    found = store.keys()
-    if as_json:
-        terminal.write_json(found)
-        return
-    for key in found:
-        terminal.write_line(terminal.printable(key) if terminal.is_there() else key)
-
-
-@commands.command(epilog=_examples("sqlspace stats queue.db", "watch sqlspace stats queue.db"))
-@_database
-@_as_json
-@_opened
-def stats(*, store: Store, as_json: bool) -> None:
-    """Write counts, ages and sizes, key by key.
-
-    And how large the file is, how much of it is free, how long its history.
-    """
-    found = store.stats()
-    if as_json:
-        terminal.write_json(dataclasses.asdict(found))
-    else:
-        terminal.write_stats(found)
-
-
-@commands.command(epilog=_examples("sqlspace history queue.db mail | tail"))
-@_database
-@_key
-@_as_json
-@_opened
-def history(*, store: Store, key: str, as_json: bool) -> None:
-    """Write what was taken from KEY.
-
-    As far as the file remembers it, the oldest taking first. A line for each: number, outcome, when
-    pushed, when taken (UTC), with tabs between; with --json an object each, times in Unix seconds.
-    """
-    for stone in store.history(key):
-        if as_json:
-            terminal.write_json(dataclasses.asdict(stone))
-        else:
-            times = terminal.moment(stone.pushed_at), terminal.moment(stone.taken_at)
-            terminal.write_line("\t".join((str(stone.seq), stone.outcome, *times)))
-
-
-@commands.command(epilog=_examples("sqlspace compact queue.db"))
-@_database
-@_as_json
-@_opened
+@commands.command(epilog=options.examples("sqlspace compact queue.db"))
+@options.database
+@options.as_json
+@options.opened
 def compact(*, store: Store, as_json: bool) -> None:
     """Make the file as small as it can be.
 
@@ -435,10 +387,10 @@ def compact(*, store: Store, as_json: bool) -> None:
         terminal.write_line(f"{before} before, {after} after")
 
 
-@commands.command(epilog=_examples("sqlspace backup queue.db queue-monday.db"))
-@_database
+@commands.command(epilog=options.examples("sqlspace backup queue.db queue-monday.db"))
+@options.database
 @click.argument("target")
-@_opened
+@options.opened
 def backup(*, store: Store, target: str) -> None:
     """Copy DATABASE to TARGET, while it is in use.
 
@@ -447,31 +399,5 @@ def backup(*, store: Store, target: str) -> None:
     store.backup(target)
 
 
-@commands.command(epilog=_examples("sqlspace check queue.db"))
-@_database
-@_as_json
-@_opening
-def check(*, database: str, as_json: bool, opening: dict[str, Any]) -> None:
-    """Look for what is wrong with DATABASE.
-
-    And with its place and its surroundings; changes nothing, reads the whole file. Each finding is
-    ok, a warning, or a problem, and says what to do; exit 3 if there is a problem.
-    """
-    findings = []
-    for finding in checkup.look(database, **opening):
-        findings.append(finding)
-        if not as_json:
-            level = f"{finding.level:8}"
-            if terminal.is_there():
-                level = click.style(level, fg=_COLORS[finding.level])
-            text = terminal.printable(finding.text)
-            terminal.write_line(f"{level} {finding.subject}: {text}")
-    counts = {
-        "problems": sum(finding.level == "problem" for finding in findings),
-        "warnings": sum(finding.level == "warning" for finding in findings),
-    }
-    if as_json:
-        listed = [dataclasses.asdict(finding) for finding in findings]
-        terminal.write_json({"database": database, **counts, "findings": listed})
-    if counts["problems"]:
-        click.get_current_context().exit(terminal.FAILED)
+for _command in looking.COMMANDS:
+    commands.add_command(_command)

@@ -75,7 +75,7 @@ class Delivery:
     @property
     def lost(self) -> bool:
         """Whether the lease ended before the delivery was settled: another worker may have it."""
-        return self._lost or (not self._settled and clock.now() >= self._grant.deadline)
+        return self._lost or (not self._settled and self._grant.is_over(clock.now()))
 
     def ack(self) -> None:
         """The work is done: turn the entry into a tombstone, as durable as a push.

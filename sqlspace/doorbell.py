@@ -227,7 +227,7 @@ class Doorbell:
             self._marks.close()
 
     def _ring_elsewhere(self, token: str) -> None:
-        question, base = self._question(token)
+        question, base = self._questions.get(token) or self._question(token)
         if self._marks.find(question) is None:
             return
         first = base + _READING

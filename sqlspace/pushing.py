@@ -53,17 +53,18 @@ class Push(NamedTuple):
     ) -> "Push":
         """What the caller handed in; TypeError or ValueError."""
         key, payload = check_key(key), check_payload(payload)
-        ttl_micros = check_ttl_micros(ttl)
-        text = check_headers(headers)
+        # Most pushes want nothing special; to ask each check for nothing took 0.4 µs.
+        ttl_micros = None if ttl is None else check_ttl_micros(ttl)
+        text = None if headers is None else check_headers(headers)
         check_size(key, payload, text)
         return cls(
-            key=key,
-            payload=payload,
-            headers=text,
-            ttl=ttl_micros,
-            delay=check_delay_micros(delay, ttl_micros),
-            dedupe=None if dedupe is None else check_key(dedupe, "dedupe"),
-            max_len=None if max_len is None else check_int(max_len, "max_len", 1),
+            key,
+            payload,
+            text,
+            ttl_micros,
+            0 if delay is None else check_delay_micros(delay, ttl_micros),
+            None if dedupe is None else check_key(dedupe, "dedupe"),
+            None if max_len is None else check_int(max_len, "max_len", 1),
         )
 
     def row(self, now: int) -> tuple[Any, ...]:

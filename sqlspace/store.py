@@ -317,6 +317,10 @@ class Store:
         """
         keys = _checked_keys(key_or_keys)
         wanted = _checked_lease(keys, lease, max_attempts, ordered)
+        if context is None and (timeout is None or check_timeout(timeout)):
+            claim = Claim(self._database, keys, wanted, self._deliver)  # as in pull
+            if claim.run():
+                return claim.delivery
         claim = taking.wait_and_grab(
             self._database,
             lambda waiter: Claim(self._database, keys, wanted, self._deliver, waiter),

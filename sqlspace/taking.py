@@ -76,22 +76,30 @@ class Grab:
         return self.got
 
     def _probe(self, connection: Connection) -> bool:
-        return self._find(connection, ())
+        return self._find(connection, clock.now())
 
-    def _find(self, connection: Connection, caught: Iterable[str]) -> bool:
-        """Find the head, or a key that must be caught up with first; False: there is none."""
+    def _find(self, connection: Connection, now: int, caught: Iterable[str] = ()) -> bool:
+        """Find the head, or a key that must be caught up with first; False: there is none.
+
+        Args:
+            connection: For writing.
+            now: The time.
+            caught: Keys that have been caught up with, as of that very time: else what comes due
+                meanwhile would be passed over for what stands behind it.
+        """
         self._due = None
-        now = self._now = clock.now()
+        self._now = now
         for key in self.keys:
-            found = entries.heads(connection, key, now, 1)
-            late = found[0].due if found else entries.due(connection, key, now)
-            if late and key not in caught:
-                self._due = key
-                return True
-            if found and not self._is_barred(connection, found[0]):
+            head, late = entries.look(connection, key, now)
+            if late:
+                if key not in caught:
+                    self._due = key
+                    return True
+                head = next(iter(entries.heads(connection, key, now, 1)), None)
+            if head is not None and not self._is_barred(connection, head):
                 if self._accept is not None:
-                    self._accept(found[0])
-                self.head = found[0]
+                    self._accept(head)
+                self.head = head
                 return True
         return False
 
@@ -131,6 +139,7 @@ class Grab:
             if self._due is not None:
                 if not connection.in_transaction:
                     connection.execute("BEGIN IMMEDIATE")
+                    self._now = clock.now()
                 self._tokens += entries.catch_up(connection, self._due, self._now)
                 caught.append(self._due)
             else:
@@ -138,8 +147,10 @@ class Grab:
                 self.got = bool(connection.changes())
                 if self.got:
                     return
-                self._done.clear()  # others were faster
-            if not self._find(connection, caught):
+                self._done.clear()  # others were faster, or its time to live is over
+                caught.clear()
+                self._now = clock.now()
+            if not self._find(connection, self._now, caught):
                 return
 
     def _mark(self, connection: Connection) -> None:
@@ -204,13 +215,14 @@ class Claim(Grab, Generic[D]):
     def _get(self, connection: Connection) -> None:
         if self._wanted.ordered:  # nothing may change between the look and the lease
             connection.execute("BEGIN IMMEDIATE")
-            if not self._find(connection, ()):
+            if not self._find(connection, clock.now()):
                 return
         super()._get(connection)
 
     def _mark(self, connection: Connection) -> None:
         micros = self._wanted.micros
-        self._grant = Grant(self.head, os.urandom(16), micros, self._now + micros)
+        # The wait for the turn to write is no part of the lease.
+        self._grant = Grant(self.head, os.urandom(16), micros, clock.now() + micros)
         self.delivery = self._deliver(self._grant)
         entries.lease(self._done, connection, self._grant, self._wanted.max_attempts)
 
@@ -316,9 +328,7 @@ def caught_up(connection: Connection, key: str, now: int, limit: int) -> list[st
 def any_ready(connection: Connection, keys: Iterable[str]) -> bool:
     """Whether there is something to take, or to catch up with."""
     now = clock.now()
-    return any(
-        entries.heads(connection, key, now, 1) or entries.due(connection, key, now) for key in keys
-    )
+    return any(entries.look(connection, key, now) != (None, False) for key in keys)
 
 
 # -- waiting

@@ -7,6 +7,7 @@ character that a terminal would obey gets into a line of ours. Nothing here know
 
 import base64
 import contextlib
+import dataclasses
 import errno
 import io
 import json
@@ -27,37 +28,49 @@ from rich.table import Table
 from rich.text import Text
 
 from .arguments import ROW_BYTES
-from .errors import DeadlineError, SpaceError
-from .records import Stats
+from .errors import DeadlineError, LeaseError, SpaceError
+from .records import Entry, Stats
 
 __all__ = [
+    "COMMAND_FAILED",
     "DONE",
     "FAILED",
     "MISUSE",
     "NOTHING",
+    "SIGNALED",
     "Commands",
     "age",
+    "complain",
+    "drawn",
+    "is_capable",
     "is_there",
     "lines",
+    "log_kept",
     "moment",
     "prepare",
     "printable",
+    "shortened",
     "size",
     "source",
     "spelled",
+    "width",
     "writable",
     "write",
+    "write_entry",
     "write_json",
     "write_line",
     "write_stats",
 ]
 
 DONE, NOTHING, MISUSE, FAILED = 0, 1, 2, 3
+COMMAND_FAILED = 123  # one that we ran for an entry; as xargs has it
 # As a shell tells of a program that a signal ended: 128 and the signal's number.
-INTERRUPTED, PIPE_CLOSED = 128 + signal.SIGINT, 128 + signal.SIGPIPE
+SIGNALED = 128
+INTERRUPTED, PIPE_CLOSED = SIGNALED + signal.SIGINT, SIGNALED + signal.SIGPIPE
 
 _READ_BYTES = 1 << 20
 _UNBOUNDED_COLUMNS = 10_000
+_SHORT = 60  # characters of a payload in a list
 
 
 # -- errors and exit codes
@@ -73,11 +86,11 @@ class Commands(click.Group):
             code = super().main(*args, **extra)
         except click.UsageError as error:
             names = error.ctx.command_path if error.ctx is not None else "sqlspace"
-            code = _complain(f"{error.format_message()} ({names} --help says more)", MISUSE)
+            code = complain(f"{error.format_message()} ({names} --help says more)", MISUSE)
         except click.Abort:
             code = INTERRUPTED
         except OSError as error:  # of --help
-            code = _discard_output(_complain(f"standard output: {error.strerror}", FAILED))
+            code = _discard_output(complain(f"standard output: {error.strerror}", FAILED))
         sys.exit(code if isinstance(code, int) else DONE)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -93,18 +106,18 @@ class Commands(click.Group):
         except DeadlineError:
             code = NOTHING
         except UnicodeDecodeError as error:  # a ValueError, but the file's
-            code = _complain(f"the file holds what sqlspace doesn't write: {error}", FAILED)
+            code = complain(f"the file holds what sqlspace doesn't write: {error}", FAILED)
         except (ValueError, TypeError) as error:
-            code = _complain(str(error), MISUSE)
+            code = complain(str(error), MISUSE)
         except (SpaceError, MemoryError) as error:
-            code = _complain(str(error) or "out of memory", FAILED)
+            code = complain(str(error) or "out of memory", FAILED)
         except OSError as error:
             where = error.filename or "standard input or output"
-            code = _discard_output(_complain(f"{where}: {error.strerror}", FAILED))
+            code = _discard_output(complain(f"{where}: {error.strerror}", FAILED))
         return code
 
 
-def _complain(message: str, code: int) -> int:
+def complain(message: str, code: int = DONE) -> int:
     """One line on stderr, whatever the message; returns the code."""
     line = printable("sqlspace: " + message.replace("\n", " "))
     if sys.stderr is not None:
@@ -124,10 +137,33 @@ def _discard_output(code: int) -> int:
 
 
 class _Log(logging.Handler):
-    """What the library logs, as lines like those of the errors."""
+    """What the library logs, as lines like those of the errors.
+
+    But for a lost lease: the settling raises it too, and it is told then.
+    """
+
+    kept: list[str] | None = None  # where they go, rather than to stderr
 
     def emit(self, record: logging.LogRecord) -> None:
-        _complain(record.getMessage(), DONE)
+        if any(isinstance(argument, LeaseError) for argument in record.args or ()):
+            return
+        if self.kept is None:
+            complain(record.getMessage())
+        else:
+            self.kept[:] = [record.getMessage()]
+
+
+_log = _Log()
+
+
+@contextlib.contextmanager
+def log_kept(last: list[str]) -> Iterator[None]:
+    """Keep the last of the library's lines in `last`, while stderr shows a screen."""
+    _log.kept = last
+    try:
+        yield
+    finally:
+        _log.kept = None
 
 
 def prepare() -> None:
@@ -138,7 +174,7 @@ def prepare() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest that is free
-    logging.getLogger("sqlspace").addHandler(_Log())
+    logging.getLogger("sqlspace").addHandler(_log)
 
 
 # -- output
@@ -147,6 +183,11 @@ def prepare() -> None:
 def is_there() -> bool:
     """Whether stdout is a terminal."""
     return sys.stdout is not None and sys.stdout.isatty()
+
+
+def is_capable() -> bool:
+    """Whether stdout is a terminal on which a screen can be drawn."""
+    return is_there() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown", "")
 
 
 def writable() -> int | None:
@@ -194,6 +235,23 @@ def write_json(value: Any) -> None:
     write_line(json.dumps(value, ensure_ascii=False))
 
 
+def write_entry(entry: Entry) -> None:
+    """Write all of an entry as a line of JSON."""
+    write_json({**dataclasses.asdict(entry), **spelled(entry.payload)})
+
+
+def width() -> int:
+    """The columns of the terminal; where there is none, as many as anybody needs."""
+    return shutil.get_terminal_size().columns if is_there() else _UNBOUNDED_COLUMNS
+
+
+def drawn(table: Table, columns: int) -> list[str]:
+    """A table's lines."""
+    text = io.StringIO()
+    Console(file=text, width=columns, force_terminal=is_there()).print(table)
+    return [line.rstrip() for line in text.getvalue().splitlines()]
+
+
 def write_stats(found: Stats) -> None:
     """Write them for a person: as wide as the terminal; without one as wide as they need."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -209,12 +267,8 @@ def write_stats(found: Stats) -> None:
             age(sums.oldest_age) if live else "",
             size(sums.bytes),
         )
-    terminal = is_there()
-    text = io.StringIO()
-    width = shutil.get_terminal_size().columns if terminal else _UNBOUNDED_COLUMNS
-    Console(file=text, width=width, force_terminal=terminal).print(table)
-    for line in text.getvalue().splitlines():
-        write_line(line.rstrip())
+    for line in drawn(table, width()):
+        write_line(line)
     free = found.free_pages
     write_line(f"file        {size(found.file_bytes)}")
     write_line(f"-wal        {size(found.wal_bytes)}")
@@ -269,6 +323,14 @@ def printable(text: str) -> str:
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
     )
+
+
+def shortened(payload: bytes) -> str:
+    """How a payload begins, for a person."""
+    beginning = payload[: 4 * _SHORT]
+    text = beginning.decode(errors="backslashreplace")
+    whole = len(beginning) == len(payload) and len(text) <= _SHORT
+    return text if whole else text[:_SHORT] + "…"
 
 
 def size(number: int) -> str:

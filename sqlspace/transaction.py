@@ -28,7 +28,7 @@ from .connection import Connection
 from .database import Database
 from .delivery import Delivery
 from .doorbell import room_token
-from .errors import StoreError
+from .errors import LeaseError, StoreError
 from .pushing import Batch, Push
 from .waiting import surely
 
@@ -61,7 +61,7 @@ class Transaction:
         self._over = False
         self._connection: Connection
         self._rings: list[str] = []
-        self._settled: list[Delivery] = []
+        self._settled: dict[Delivery, None] = {}
 
     def __enter__(self) -> Self:
         if self._over or self._thread is not None:
@@ -215,7 +215,7 @@ class Transaction:
 
         def step(connection: Connection) -> None:
             self._rings += delivery._ack_in(connection, [])  # noqa: SLF001
-            self._settled.append(delivery)
+            self._settled[delivery] = None
 
         self._do(step)
 
@@ -226,7 +226,7 @@ class Transaction:
 
         def step(connection: Connection) -> None:
             self._rings += delivery._nack_in(connection, micros)  # noqa: SLF001
-            self._settled.append(delivery)
+            self._settled[delivery] = None
 
         self._do(step)
 
@@ -234,6 +234,10 @@ class Transaction:
         if not isinstance(delivery, Delivery):
             raise TypeError(f"delivery must be a sqlspace.Delivery, not {kind(delivery)}")
         delivery._ensure_of(self._store)  # noqa: SLF001
+        if delivery in self._settled:
+            raise LeaseError(
+                f"entry {delivery.seq} of {delivery.key!a} is settled already, in this transaction"
+            )
 
     # -- looking
 
@@ -284,7 +288,9 @@ class Transaction:
             result = step(connection)
             connection.execute("RELEASE sqlspace")
         except BaseException as error:
-            del self._rings[rings:], self._settled[settled:]
+            del self._rings[rings:]
+            for delivery in list(self._settled)[settled:]:
+                del self._settled[delivery]
             if connection.in_transaction:
                 _undo(connection)
             if isinstance(error, apsw.Error):

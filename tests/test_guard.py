@@ -260,13 +260,21 @@ def test_another_file_under_the_name_passes(store, tmp_path):
 
 # -- the process
 
-AT_THE_FIRST_OPEN = """
+COUNT_HOOKS = """
 hooks = []
 sys.addaudithook(lambda event, _: event == "sys.addaudithook" and hooks.append(event))
 sqlspace.Local().close()
+if argv[1] == "before":
+    import sqlite3
 tell(len(hooks))
 store = sqlspace.open(argv[0])  # one that an import had installed would be missing here
 tell(len(hooks))
+import sqlite3
+tell(len(hooks))
+try:
+    sqlite3.connect(argv[0])
+except sqlspace.StoreError:
+    tell("refused")
 sqlspace.open(argv[0]).close()
 store.close()
 sqlspace.open(argv[0]).close()
@@ -274,10 +282,13 @@ tell(len(hooks))
 """
 
 
-def test_the_hook_is_installed_once_and_not_before_a_store_is_opened(child, path):
-    """Hooks can't be removed; who only imports the package, or uses Local, pays for none."""
-    process = child(AT_THE_FIRST_OPEN, path)
-    process.expect("0", "1", "1")
+@pytest.mark.parametrize(("imported", "counts"), [("before", "0 1 1"), ("after", "0 0 1")])
+def test_the_hook_is_installed_once_and_not_before_a_store_is_open_and_sqlite3_is_there(
+    child, path, imported, counts
+):
+    """Hooks can't be removed, and cost each push its share: who has no use for one has none."""
+    process = child(COUNT_HOOKS, path, imported)
+    process.expect(*counts.split(), "refused", "1")
     process.finish()
 
 
