@@ -198,12 +198,12 @@ def test_the_ends_in_words_are_those_in_the_table(store, shell):
 def test_what_has_expired_is_in_no_view_before_anybody_has_looked(store, shell, ago):
     """The row is still there; the clock has decided. A lease keeps what it holds."""
     ago(LONG)
-    leased = store.push("mail", b"leased", ttl=1.0)
+    leased = store.push("mail", b"leased", ttl=100.0)
     store.claim("mail", lease=2 * LONG)
-    store.push("mail", b"gone", ttl=1.0)
-    store.push("mail", b"delayed, and gone", delay=1.0, ttl=2.0)
-    store.push("mail", b"given back, and gone", ttl=2.0)
-    assert [store.claim("mail", lease=1.0).nack(delay) for delay in (0, 1.0)] == [None, None]
+    store.push("mail", b"gone", ttl=100.0)
+    store.push("mail", b"delayed, and gone", delay=100.0, ttl=200.0)
+    store.push("mail", b"given back, and gone", ttl=200.0)
+    assert [store.claim("mail", lease=100.0).nack(delay) for delay in (0, 100.0)] == [None, None]
     kept = store.push("mail", b"kept", ttl=2 * LONG)
     assert live(shell) == [f"mail|{leased}|leased|1", f"mail|{kept}|ready|0"]
     assert shell("SELECT key, ready, leased, delayed FROM sqlspace_keys;") == ["mail|1|1|0"]
@@ -215,9 +215,9 @@ def test_what_has_expired_is_in_no_view_before_anybody_has_looked(store, shell, 
 def test_what_has_come_due_is_ready_before_anybody_has_looked(store, shell, ago):
     """A delay, a lease and a nack's delay that are over; and ended ends are not shown."""
     ago(LONG)
-    seqs = [store.push("mail", b"delayed", delay=1.0), *store.push_many("work", [b"1", b"2"])]
-    store.claim("work", lease=1.0)
-    store.claim("work", lease=1.0).nack(1.0)
+    seqs = [store.push("mail", b"delayed", delay=100.0), *store.push_many("work", [b"1", b"2"])]
+    store.claim("work", lease=100.0)
+    store.claim("work", lease=100.0).nack(100.0)
     assert live(shell) == [
         f"mail|{seqs[0]}|ready|0",
         f"work|{seqs[1]}|ready|1",
@@ -246,12 +246,12 @@ def test_what_is_dead_and_not_yet_moved_stands_under_the_dead_key(store, shell, 
     """As it will be when somebody comes by; with its number and headers, until then."""
     ago(LONG)
     dead = store.push("work", b"poison", headers={"from": "me"}, ttl=LONG / 2)
-    store.claim("work", lease=1.0, max_attempts=1)
+    store.claim("work", lease=100.0, max_attempts=1)
     spare = store.push("work", b"once more")
-    store.claim("work", lease=1.0, max_attempts=2)
+    store.claim("work", lease=100.0, max_attempts=2)
     # It expired while it was leased for the last time: that is no death.
-    store.push("work", b"gone", ttl=0.5)
-    store.claim("work", lease=1.0, max_attempts=1)
+    store.push("work", b"gone", ttl=50.0)
+    store.claim("work", lease=100.0, max_attempts=1)
     columns = "key, seq, state, due, expires, lease_ends, attempts, bytes, payload, headers"
     assert live(shell, columns) == [
         f"work|{spare}|ready||||1|9|once more|",
@@ -296,13 +296,13 @@ def test_the_tombstones_view_names_each_outcome(store, shell):
     ]
 
 
-@pytest.mark.parametrize(("when", "seconds"), [("now", 0), ("later", LONG), ("before", -300.0)])
+@pytest.mark.parametrize(("when", "seconds"), [("now", 0), ("later", LONG), ("before", -3000.0)])
 def test_the_views_say_of_every_entry_what_the_store_says(store, shell, ago, when, seconds):
     """All combinations of what an entry can have, also when the clock has jumped back since."""
     ago(seconds)
     for held in ("nothing", "delay", "lease", "last lease", "nack", "nack of 0"):
-        for ttl in (None, 30.0, 200.0, 2 * LONG):
-            for length in (20.0, 100.0, 1.5 * LONG):
+        for ttl in (None, 300.0, 2000.0, 2 * LONG):
+            for length in (200.0, 1000.0, 1.5 * LONG):
                 if ttl is not None and held == "delay" and length >= ttl:
                     continue
                 key = f"{held} {ttl} {length}"
