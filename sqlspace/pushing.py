@@ -219,7 +219,7 @@ def push_when_room(
             database.transact(step)
 
     found: tuple[int, bool] = taking.wait_for(
-        database, look, [token], timeout, context, restore=restore
+        database, look, [token], timeout, context, restore=restore, limit=wanted.max_len or 1
     )
     return found[0]
 

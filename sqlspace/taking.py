@@ -375,6 +375,7 @@ def wait_for(
     *,
     restore: Callable[[Waiter], None] | None = None,
     in_turn: bool = False,
+    limit: int = 1,
 ) -> Any:
     """Wait at the doorbell of a store.
 
@@ -386,19 +387,22 @@ def wait_for(
         context: Another bound, or None.
         restore: Gives back what was found; whoever can is one that takes.
         in_turn: Whether it waits for its turn: then also for what is held before to go.
+        limit: If it waits for room: until there are fewer entries than that.
     """
     bell: Doorbell | None = None
     watched = [*tokens, *map(room_token, tokens)] if in_turn else tokens
+    looked_at = 0
 
     def park(waiter: Waiter, seconds: float) -> None:
         database.bell.park(waiter, seconds)
 
     def look_enrolled(waiter: Waiter, enroll: bool) -> None:
-        nonlocal bell
+        nonlocal bell, looked_at
         if enroll and bell is None:
             bell = database.bell
             takes = restore is not None and not in_turn
-            bell.enroll(waiter, watched, takes=takes, in_turn=in_turn)
+            bell.enroll(waiter, watched, takes=takes, in_turn=in_turn, limit=limit)
+        looked_at = clock.now()
         look(waiter, enroll)
 
     def leave(waiter: Waiter) -> None:
@@ -410,7 +414,7 @@ def wait_for(
                 bell.ring(token)
 
     def horizon() -> None:
-        ahead = browsing.seconds_ahead(database, tokens)
+        ahead = browsing.seconds_ahead(database, watched, looked_at)
         if ahead is not None:  # the watch looks then, for all of this process at once
             database.bell.expect(ahead)
 
