@@ -23,7 +23,7 @@ from .doorbell import Doorbell, room_token
 from .entries import Grant, Head, Lease
 from .errors import SpaceError
 from .space import Context
-from .waiting import Waiter, surely, wait
+from .waiting import MISSING, Waiter, surely, wait
 
 __all__ = [
     "Claim",
@@ -229,6 +229,11 @@ class Claim(Grab, Generic[D]):
     def _rings(self, key: str) -> tuple[str, ...]:  # noqa: ARG002  # nothing has left
         return ()
 
+    def _passed_on(self, connection: Connection, waiter: Waiter) -> list[str]:
+        if self._wanted.ordered:  # it used up no ring: those who wait for their turn all hear it
+            return []
+        return super()._passed_on(connection, waiter)
+
     def undo(self, connection: Connection) -> None:
         """Unlease it. Idempotent: the token says whether it still is ours."""
         if self._done:
@@ -375,7 +380,7 @@ def wait_for(
     *,
     restore: Callable[[Waiter], None] | None = None,
     in_turn: bool = False,
-    limit: int = 1,
+    limit: int | None = None,
 ) -> Any:
     """Wait at the doorbell of a store.
 
@@ -401,7 +406,7 @@ def wait_for(
         if enroll and bell is None:
             bell = database.bell
             takes = restore is not None and not in_turn
-            bell.enroll(waiter, watched, takes=takes, in_turn=in_turn, limit=limit)
+            bell.enroll(waiter, watched, takes=takes, in_turn=in_turn, limit=limit or 1)
         looked_at = clock.now()
         look(waiter, enroll)
 
@@ -409,7 +414,9 @@ def wait_for(
         if bell is None:
             return
         bell.dismiss(waiter, watched)
-        if waiter.park(0):  # rung once more, in vain: that ring is another's
+        # Rung once more, in vain: that ring is another's. And there may be more room: only now is
+        # no other ring for that sent here, to be read by nobody.
+        if waiter.park(0) or (limit is not None and waiter.found is not MISSING):
             for token in tokens:
                 bell.ring(token)
 
