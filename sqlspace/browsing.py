@@ -20,7 +20,7 @@ from . import clock, entries, upkeep
 from .arguments import nameable
 from .connection import Connection
 from .database import Database
-from .doorbell import room_token, turn_token, waited_key
+from .doorbell import limit_of, room_token, turn_token, waited_key
 from .entries import DEAD, HELD, LAST, LAST_LEASE, LEASED, LIVE, UNEXPIRED
 from .errors import BusyError, CorruptError, FullError
 from .records import Entry, KeyStats, Stats, Tombstone
@@ -120,13 +120,21 @@ SELECT_NEXT_DUE = """
 SELECT min(until_at) FROM sqlspace_entries INDEXED BY sqlspace_entries_until
  WHERE key = ?2 AND until_at > ?1 AND state < 3
 """
+# The latter two have no index by key. Not every death or expiry of other keys is worth a look, so
+# the next few are passed over, and if there are more it is the last of these.
+_PASSED_OVER = 256
 SELECT_NEXT_DEATH = f"""
-SELECT min(deadline) FROM sqlspace_entries INDEXED BY sqlspace_entries_last
- WHERE deadline > ?1 AND {LAST_LEASE}
+SELECT ifnull(min(CASE WHEN key = ?2 THEN deadline END),
+              CASE WHEN count(*) = {_PASSED_OVER} THEN max(deadline) END)
+  FROM (SELECT key, deadline FROM sqlspace_entries INDEXED BY sqlspace_entries_last
+         WHERE deadline > ?1 AND {LAST_LEASE} ORDER BY deadline LIMIT {_PASSED_OVER})
 """
-SELECT_NEXT_EXPIRY = """
-SELECT min(expires_at) FROM sqlspace_entries INDEXED BY sqlspace_entries_expiring
- WHERE expires_at > ?1 AND expires_at IS NOT NULL AND state < 3
+SELECT_NEXT_EXPIRY = f"""
+SELECT ifnull(min(CASE WHEN key = ?2 THEN expires_at END),
+              CASE WHEN count(*) = {_PASSED_OVER} THEN max(expires_at) END)
+  FROM (SELECT key, expires_at FROM sqlspace_entries INDEXED BY sqlspace_entries_expiring
+         WHERE expires_at > ?1 AND expires_at IS NOT NULL AND state < 3
+         ORDER BY expires_at LIMIT {_PASSED_OVER})
 """
 
 _BATCH_ROWS = 256
@@ -141,9 +149,10 @@ _OUTCOMES: dict[int, Literal["taken", "acked", "expired", "dead"]] = {
 }
 
 
-def stands_ready(connection: Connection, key: str) -> bool:
-    """Whether an entry of `key` can be taken now."""
-    now = clock.now()
+def stands_ready(connection: Connection, key: str, now: int | None = None) -> bool:
+    """Whether an entry of `key` can be taken now, or at that time."""
+    if now is None:
+        now = clock.now()
     ready: Any = connection.execute(SELECT_READY, (now, key)).get
     if not ready and key.endswith(DEAD):
         ready = connection.execute(SELECT_DEAD, (now, key.removesuffix(DEAD))).get
@@ -158,7 +167,7 @@ def has_ready(database: Database, key: str) -> bool:
 def has_live(database: Database, key: str) -> bool:
     """Whether `key` holds any live entry."""
     settle(database, key)
-    return bool(database.browse(lambda connection: _holds_any(connection, key)))
+    return bool(database.browse(lambda connection: _holds_any(connection, key, clock.now())))
 
 
 def head(database: Database, key: str) -> tuple[int, bytes] | None:
@@ -192,47 +201,56 @@ def stirring(
         return None
 
     def step(connection: Connection) -> tuple[list[str], float | None]:
-        found = [token for token in tokens if _is_met(connection, token)]
-        return found, _ahead(connection, tokens)
+        now = clock.now()  # one for both, so that nothing comes due in between
+        found = [token for token in tokens if _is_met(connection, token, now)]
+        return found, _ahead(connection, tokens, now)
 
     result: tuple[list[str], float | None] = database.browse(step)
     return result
 
 
-def seconds_ahead(database: Database, tokens: Iterable[str]) -> float | None:
-    """In how many seconds the clock will next change something for one of these tokens."""
-    ahead: float | None = database.browse(lambda connection: _ahead(connection, tokens))
+def seconds_ahead(database: Database, tokens: Iterable[str], since: int) -> float | None:
+    """In how many seconds the clock next changes something for one of these tokens.
+
+    Args:
+        database: Where to look.
+        tokens: What is waited for.
+        since: When it was last looked for; what has changed since is 0 or less seconds ahead.
+    """
+    ahead: float | None = database.browse(lambda connection: _ahead(connection, tokens, since))
     return ahead
 
 
-def _is_met(connection: Connection, token: str) -> bool:
+def _is_met(connection: Connection, token: str, now: int) -> bool:
     """Whether there is what a token of the doorbell stands for."""
     key = waited_key(token)
     if token == room_token(key):
-        return not _holds_any(connection, key)
+        return not _holds_any(connection, key, now)
+    if (limit := limit_of(token)) is not None:
+        return entries.count(connection, key, now) < limit
     if token == turn_token(key):
-        now = clock.now()
         seq: Any = connection.execute(SELECT_FIRST, (now, key)).get
-        return seq is not None and not entries.blocked(connection, key, seq, now)
-    return stands_ready(connection, key)
+        if seq is not None:
+            return not entries.blocked(connection, key, seq, now)
+    return stands_ready(connection, key, now)
 
 
-def _holds_any(connection: Connection, key: str) -> bool:
-    return bool(connection.execute(SELECT_LIVE, (clock.now(), key)).fetchall())
+def _holds_any(connection: Connection, key: str, now: int) -> bool:
+    return bool(connection.execute(SELECT_LIVE, (now, key)).fetchall())
 
 
-def _ahead(connection: Connection, tokens: Iterable[str]) -> float | None:
-    now = clock.now()
+def _ahead(connection: Connection, tokens: Iterable[str], since: int) -> float | None:
     times: list[Any] = []
     for token in tokens:
         key = waited_key(token)
-        times.append(connection.execute(SELECT_NEXT_DUE, (now, key)).get)
+        times.append(connection.execute(SELECT_NEXT_DUE, (since, key)).get)
         if key.endswith(DEAD):
-            times.append(connection.execute(SELECT_NEXT_DEATH, (now,)).get)
-        if token == room_token(key):
-            times.append(connection.execute(SELECT_NEXT_EXPIRY, (now,)).get)
+            origin = key.removesuffix(DEAD)
+            times.append(connection.execute(SELECT_NEXT_DEATH, (since, origin)).get)
+        if token != key:  # for it to go
+            times.append(connection.execute(SELECT_NEXT_EXPIRY, (since, key)).get)
     ahead = min((at for at in times if at is not None), default=None)
-    return None if ahead is None else (ahead - now) / 1e6
+    return None if ahead is None else (ahead - clock.now()) / 1e6
 
 
 def settle(database: Database, key: str = DEAD) -> None:
@@ -287,7 +305,7 @@ def keys(database: Database) -> list[str]:
         last: Any = b""
         while (last := connection.execute(SELECT_NEXT_KEY, (last,)).get) is not None:
             key = nameable(last)
-            if key is not None and _holds_any(connection, key):
+            if key is not None and _holds_any(connection, key, clock.now()):
                 found.append(key)
         return found
 

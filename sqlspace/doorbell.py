@@ -37,7 +37,16 @@ from .inotify import open_inotify
 from .marks import WAITING_AT, Marks
 from .waiting import LOOK_AGAIN_SECONDS, Waiter
 
-__all__ = ["Doorbell", "Stirring", "forget", "room_token", "turn_token", "waited_key"]
+__all__ = [
+    "Doorbell",
+    "Stirring",
+    "forget",
+    "limit_of",
+    "limit_token",
+    "room_token",
+    "turn_token",
+    "waited_key",
+]
 
 _PIDS = 1 << 22  # Linux's greatest pid, and one
 # Each token's hash has a byte for each process that waits to take, then one for each that waits
@@ -53,7 +62,7 @@ _LOOK_ON_SECONDS = 2.0
 _IN_MODIFY = 0x2  # from <sys/inotify.h>
 _IN_ONESHOT = 0x80000000
 _CACHED_TOKENS = 4096
-_ROOM, _TURN = "\0", "\0\0"  # no key holds a NUL
+_ROOM, _TURN, _LIMIT = "\0", "\0\0", "\0\0\0"  # no key holds a NUL
 
 Stirring = Callable[[Iterable[str], bool], tuple[Iterable[str], float | None] | None]
 """Called as `stirring(tokens, timed)`; see `Doorbell`."""
@@ -69,9 +78,19 @@ def turn_token(key: str) -> str:
     return _TURN + key
 
 
+def limit_token(key: str, limit: int) -> str:
+    """For `key` to hold fewer entries than that: looked for, and never rung for."""
+    return f"{_LIMIT}{limit}{_ROOM}{key}"
+
+
+def limit_of(token: str) -> int | None:
+    """That of a `limit_token`; None if it is none."""
+    return int(token.split(_ROOM)[3]) if token.startswith(_LIMIT) else None
+
+
 def waited_key(token: str) -> str:
     """The key that a token is about."""
-    return token.lstrip(_ROOM)
+    return token.rpartition(_ROOM)[2]
 
 
 class Doorbell:
@@ -98,8 +117,9 @@ class Doorbell:
         self.stirring = stirring
         self._marks = marks
         self._lock = threading.Lock()
+        # Each waiter with its limit, if it waits for room.
+        self._takers: dict[str, OrderedDict[Waiter, int]] = {}
         # Each waiter with whether it waits for its turn.
-        self._takers: dict[str, OrderedDict[Waiter, bool]] = {}
         self._readers: dict[str, OrderedDict[Waiter, bool]] = {}
         self._questions: dict[str, tuple[bytes, int]] = {}
         self._watch = _the_watch()
@@ -107,7 +127,13 @@ class Doorbell:
     # -- waiting
 
     def enroll(
-        self, waiter: Waiter, tokens: Iterable[str], *, takes: bool, in_turn: bool = False
+        self,
+        waiter: Waiter,
+        tokens: Iterable[str],
+        *,
+        takes: bool,
+        in_turn: bool = False,
+        limit: int = 1,
     ) -> None:
         """Have `waiter` woken for these tokens. It must look once more before it parks.
 
@@ -116,6 +142,7 @@ class Doorbell:
             tokens: Keys, or `room_token`s.
             takes: Whether it will take what it is woken for: then one of its kind is enough.
             in_turn: Whether what is ready is of use to it only when nothing before it is held.
+            limit: It waits until there are fewer entries than that, if it waits for room.
         """
         with self._lock:
             self._watch.attend(self)  # inside, or who dismisses the last waiter undoes it
@@ -124,7 +151,7 @@ class Doorbell:
                 if token not in kind:
                     self._marks.hold(self._mark(token, takes=takes))
                     kind[token] = OrderedDict()
-                kind[token][waiter] = in_turn
+                kind[token][waiter] = limit if takes else in_turn
 
     def dismiss(self, waiter: Waiter, tokens: Iterable[str]) -> None:
         """Undo `enroll`; idempotent."""
@@ -173,18 +200,26 @@ class Doorbell:
     def wake(self, token: str, besides: Waiter | None = None) -> bool:
         """Wake who waits in this store; whether one was that takes."""
         with self._lock:
-            return self._wake(token.removeprefix(_TURN), besides)
+            key = waited_key(token)
+            if token.startswith(_LIMIT):
+                return self._wake(room_token(key), besides)
+            return self._wake(key if token.startswith(_TURN) else token, besides)
 
     def _wake(self, token: str, besides: Waiter | None) -> bool:
         for waiter in self._readers.get(token, ()):
             waiter.wake()
-        for taker in self._takers.get(token, ()):
-            if taker is not besides:
-                # One that is slow to wake gets no second ring for now.
-                self._takers[token].move_to_end(taker)
-                taker.wake()
-                return True
-        return False
+        takers = self._takers.get(token) or OrderedDict[Waiter, int]()
+        others = (taker for taker in takers if taker is not besides)
+        if token[0] == _ROOM:  # if there is no room for the greatest limit, there is for none
+            taker = max(others, key=takers.__getitem__, default=None)
+        else:
+            taker = next(others, None)
+        if taker is None:
+            return False
+        # One that is slow to wake gets no second ring for now.
+        self._takers[token].move_to_end(taker)
+        taker.wake()
+        return True
 
     def awaited(self, token: str, besides: Waiter) -> bool:
         """Whether another may wait for this token, to take, here or elsewhere."""
@@ -195,19 +230,23 @@ class Doorbell:
         )
 
     def tokens(self) -> list[str]:
-        """What is waited for here; a `turn_token` where all who wait want it in its turn."""
+        """What to look for: who waits for its turn or for room has tokens of its own."""
         with self._lock:
-            return [*self._takers, *self._read_only()]
+            return [*self._tokens_to_take(), *self._tokens_to_read()]
 
-    def _read_only(self) -> list[str]:
-        """Of the tokens that only readers wait for, those to look for."""
+    def _tokens_to_take(self) -> list[str]:
+        return [
+            limit_token(waited_key(token), max(takers.values())) if token[0] == _ROOM else token
+            for token, takers in self._takers.items()
+        ]
+
+    def _tokens_to_read(self) -> list[str]:
         found = []
         for token, readers in self._readers.items():
-            if token in self._takers:
-                continue
-            if not all(readers.values()):
+            if token not in self._takers and not all(readers.values()):
                 found.append(token)
-            elif token[0] != _ROOM:  # who leaves makes room, and a turn: that is looked for once
+            # Who leaves makes room, and a turn: that is looked for once.
+            if token[0] != _ROOM and any(readers.values()):
                 found.append(turn_token(token))
         return found
 

@@ -293,6 +293,13 @@ SELECT seq, CAST(key AS BLOB), {DIED_FIRST}
  WHERE deadline <= ?1 AND {LAST_LEASE}
  ORDER BY deadline LIMIT ?2
 """
+# Those of one key, if others have died before and are not moved yet.
+SELECT_LAST_OF_KEY = f"""
+SELECT seq, CAST(key AS BLOB), {DIED_FIRST}
+  FROM sqlspace_entries INDEXED BY sqlspace_entries_last
+ WHERE deadline <= ?1 AND {LAST_LEASE} AND key = ?3
+ ORDER BY deadline LIMIT ?2
+"""
 SELECT_LAST_STUCK = f"""
 SELECT seq, CAST(key AS BLOB), {DIED_FIRST}
   FROM sqlspace_entries INDEXED BY sqlspace_entries_last_since
@@ -574,7 +581,7 @@ def catch_up(
     Returns:
         Tokens.
     """
-    tokens = bury(connection, now)
+    tokens = bury(connection, now, key.removesuffix(DEAD) if key.endswith(DEAD) else None)
     tokens += _expire_heads(connection, key, now)
     if _release(connection, key, now, limit):
         tokens.append(key)
@@ -627,9 +634,17 @@ def _expire_heads(connection: Connection, key: str, now: int) -> list[str]:
     return [room_token(key)]
 
 
-def bury(connection: Connection, now: int) -> list[str]:
-    """Move what died with its last lease, under whatever key, to the dead letters; tokens."""
+def bury(connection: Connection, now: int, origin: str | None = None) -> list[str]:
+    """Move what died with its last lease to the dead letters, under whatever key; tokens.
+
+    Args:
+        connection: For writing.
+        now: The time.
+        origin: The key whose dead letters are needed: its own go first.
+    """
     rows: list[Any] = connection.execute(SELECT_LAST, (now, BURY_ROWS)).fetchall()
+    if origin is not None and len(rows) == BURY_ROWS:
+        rows = connection.execute(SELECT_LAST_OF_KEY, (now, BURY_ROWS, origin)).fetchall() or rows
     rows += connection.execute(SELECT_LAST_STUCK, (now, BURY_ROWS)).fetchall()
     tokens: list[str] = []
     for seq, died in {row[0]: row[2] for row in rows}.items():

@@ -199,14 +199,11 @@ def push_when_room(
     """Add the entry as soon as there is room; its seq."""
     token = room_token(wanted.key)
 
-    def look(waiter: Waiter, enrolled: bool) -> None:
+    def look(waiter: Waiter, _: bool) -> None:
         seq, new = _push_together(database, wanted)
         if seq is None:
             return
         waiter.found = seq, new
-        if enrolled and database.bell.awaited(token, waiter):
-            # One ring wakes one: there may be more room, so this one wakes the next.
-            database.bell.ring(token, waiter)
 
     def restore(waiter: Waiter) -> None:
         seq, new = waiter.found
@@ -219,7 +216,7 @@ def push_when_room(
             database.transact(step)
 
     found: tuple[int, bool] = taking.wait_for(
-        database, look, [token], timeout, context, restore=restore
+        database, look, [token], timeout, context, restore=restore, limit=wanted.max_len
     )
     return found[0]
 

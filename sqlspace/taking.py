@@ -23,7 +23,7 @@ from .doorbell import Doorbell, room_token
 from .entries import Grant, Head, Lease
 from .errors import SpaceError
 from .space import Context
-from .waiting import Waiter, surely, wait
+from .waiting import MISSING, Waiter, surely, wait
 
 __all__ = [
     "Claim",
@@ -229,6 +229,11 @@ class Claim(Grab, Generic[D]):
     def _rings(self, key: str) -> tuple[str, ...]:  # noqa: ARG002  # nothing has left
         return ()
 
+    def _passed_on(self, connection: Connection, waiter: Waiter) -> list[str]:
+        if self._wanted.ordered:  # it used up no ring: those who wait for their turn all hear it
+            return []
+        return super()._passed_on(connection, waiter)
+
     def undo(self, connection: Connection) -> None:
         """Unlease it. Idempotent: the token says whether it still is ours."""
         if self._done:
@@ -375,6 +380,7 @@ def wait_for(
     *,
     restore: Callable[[Waiter], None] | None = None,
     in_turn: bool = False,
+    limit: int | None = None,
 ) -> Any:
     """Wait at the doorbell of a store.
 
@@ -386,31 +392,36 @@ def wait_for(
         context: Another bound, or None.
         restore: Gives back what was found; whoever can is one that takes.
         in_turn: Whether it waits for its turn: then also for what is held before to go.
+        limit: If it waits for room: until there are fewer entries than that.
     """
     bell: Doorbell | None = None
     watched = [*tokens, *map(room_token, tokens)] if in_turn else tokens
+    looked_at = 0
 
     def park(waiter: Waiter, seconds: float) -> None:
         database.bell.park(waiter, seconds)
 
     def look_enrolled(waiter: Waiter, enroll: bool) -> None:
-        nonlocal bell
+        nonlocal bell, looked_at
         if enroll and bell is None:
             bell = database.bell
             takes = restore is not None and not in_turn
-            bell.enroll(waiter, watched, takes=takes, in_turn=in_turn)
+            bell.enroll(waiter, watched, takes=takes, in_turn=in_turn, limit=limit or 1)
+        looked_at = clock.now()
         look(waiter, enroll)
 
     def leave(waiter: Waiter) -> None:
         if bell is None:
             return
         bell.dismiss(waiter, watched)
-        if waiter.park(0):  # rung once more, in vain: that ring is another's
+        # Rung once more, in vain: that ring is another's. And there may be more room: only now is
+        # no other ring for that sent here, to be read by nobody.
+        if waiter.park(0) or (limit is not None and waiter.found is not MISSING):
             for token in tokens:
                 bell.ring(token)
 
     def horizon() -> None:
-        ahead = browsing.seconds_ahead(database, tokens)
+        ahead = browsing.seconds_ahead(database, watched, looked_at)
         if ahead is not None:  # the watch looks then, for all of this process at once
             database.bell.expect(ahead)
 
