@@ -373,8 +373,15 @@ def _forgotten(database: Database) -> int:
 def _some(connection: Connection, key: str, last: int) -> tuple[list[Any], int]:
     """The next entries, bounded in number and in bytes, and the last seq read; 0: no more.
 
-    By state, so that the tombstones of the key are not walked through.
+    By state, so that the tombstones of the key are not walked through; and all of it in one state
+    of the file, or an entry that is leased or given back meanwhile would be read twice, or never.
     """
+    with connection:
+        batch, last = _some_inside(connection, key, last)
+    return batch, last
+
+
+def _some_inside(connection: Connection, key: str, last: int) -> tuple[list[Any], int]:
     seqs: list[Iterator[int]] = []
     for state in (0, 1, 2):
         rows: list[Any] = connection.execute(

@@ -138,7 +138,6 @@ def _run(delivery: Delivery, argv: list[str], signals: Signals) -> str | None:
                 if error.errno == errno.E2BIG:
                     return "can't be given headers that large"
                 if error.errno in _UNFIT:
-                    delivery.nack()
                     raise ValueError(f"{argv[0]} can't be started: {error.strerror}") from None
                 error.filename = argv[0]
                 raise

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import apsw
 import pytest
 
 import sqlspace
@@ -71,3 +72,26 @@ def test_headers_that_others_wrote_well_are_read(path, headers):
     plant(path, headers)
     with sqlspace.open(path) as store:
         assert store.get("mail", 2) in list(store.entries("mail"))
+
+
+@pytest.mark.parametrize("change", ["claim", "nack"])
+def test_an_entry_that_changes_while_its_key_is_read_is_read_once(tmp_path, change):
+    """Leased or given back between two of the statements: neither twice, nor left out."""
+    path = tmp_path / "moving.db"
+    with sqlspace.open(path) as store, sqlspace.open(path) as other:
+        store.push_many("mail", [b"one", b"two"])
+        held = other.claim("mail") if change == "nack" else None
+        changes = [held.nack if held else lambda: other.claim("mail")]
+
+        reader = store._database._session.open_reader(store._database.options)
+        looks = []
+
+        def second(event):
+            if "seq > " in event["sql"]:
+                looks.append(event["sql"])
+            if len(looks) == 2 and changes:
+                changes.pop()()
+
+        reader.trace_v2(apsw.SQLITE_TRACE_STMT, second)
+        assert [entry.payload for entry in store.entries("mail")] == [b"one", b"two"]
+        assert not changes

@@ -396,16 +396,26 @@ def test_a_command_that_exits_with_0_when_it_is_ended_is_not_done(store, started
     assert seen(store) == [(b"x", "ready", 1)]
 
 
-def test_a_second_ctrl_c_ends_a_command_that_will_not_end(store, started):
+def test_a_second_ctrl_c_ends_a_command_that_will_not_end(cli, path, store, monkeypatch):
     """At once, and by force."""
+    monkeypatch.setattr(sqlspace.running, "_PATIENCE_SECONDS", 1000)
     store.push("mail", b"x")
-    puller = started("--", "sh", "-c", f"trap 'echo no' INT TERM; {WAITS}")
-    assert puller.stdout.readline() == b"ready\n"
-    os.killpg(puller.pid, signal.SIGINT)
-    assert puller.stdout.readline() == b"no\n"
-    os.killpg(puller.pid, signal.SIGINT)
-    assert ended(puller)[0] == 130
+    script = f"trap '' INT TERM; while kill -INT {os.getpid()}; do sleep 0.01; done"
+    code, complaint = cli("pull", path, "mail", "--lease", "60", "--", "sh", "-c", script)
+    assert (code, complaint) == (130, "")
     assert seen(store) == [(b"x", "ready", 1)]
+
+
+def test_after_ctrl_c_a_command_has_time_to_end_by_itself(cli, path, store, tmp_path, monkeypatch):
+    """It is not told to terminate at once, while it is at it."""
+    monkeypatch.setattr(sqlspace.running, "_PATIENCE_SECONDS", 1000)
+    store.push("mail", b"x")
+    told = tmp_path / "told"
+    script = f"trap 'echo > {told}' TERM; kill -INT {os.getpid()}; sleep 0.1; exit 0"
+    code, complaint = cli("pull", path, "mail", "--lease", "60", "--", "sh", "-c", script)
+    assert (code, complaint) == (130, "")
+    assert seen(store) == [(b"x", "ready", 1)]
+    assert not told.exists()
 
 
 def test_a_command_that_will_not_end_is_killed_in_the_end(cli, path, store, monkeypatch):

@@ -397,6 +397,7 @@ def test_ctrl_z_does_not_leave_the_shell_with_our_screen(start):
     """It is a key like others, that does nothing."""
     screen = start("--interval", "1000")
     screen.shows("q ends")
+    assert termios.tcgetattr(screen.slave)[6][termios.VSUSP] == b"\x00"
     screen.type(b"\x1aq")
     assert screen.ended() == 0
     assert_left_as_it_was(screen)
