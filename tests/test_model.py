@@ -27,15 +27,15 @@ SECOND = 1_000_000
 YEAR = 31_557_600 * SECOND
 BEGIN = 1_800_000_000 * SECOND
 
-KEYS = ("a", "b", "b/dead", "ключ")
+KEYS = ("a", "a/dead", "b", "ключ")
 # Dead letters go to these, too; they are looked at and taken like all others.
-LOOKED = (*KEYS, "a/dead", "b/dead/dead", "ключ/dead")
+LOOKED = (*KEYS, "a/dead/dead", "b/dead", "ключ/dead")
 
 # How many examples, and then not the same ones in every run.
 EXAMPLES = os.environ.get("SQLSPACE_EXAMPLES")
 
 names = st.sampled_from(("first", "second"))
-keys = st.sampled_from(("a", "a", *KEYS))
+keys = st.sampled_from(("a", "a", "a", "a/dead", *KEYS))
 looked = st.one_of(keys, st.sampled_from(LOOKED))
 key_lists = st.lists(looked, min_size=1, max_size=4)
 payloads = st.one_of(
@@ -61,24 +61,31 @@ max_lens = st.one_of(st.none(), st.integers(1, 4))
 indexes = st.integers(0, 5)
 steps = st.sampled_from((1, SECOND // 2, SECOND, 4 * SECOND, MINUTE, 3600 * SECOND, YEAR))
 jumps = st.sampled_from((-1, -SECOND, -5 * SECOND, -70 * SECOND, -7200 * SECOND, -YEAR, -10 * YEAR))
+besides = st.sampled_from((0, -1, 1))
 
 # Verbs that a store and a transaction have, and what they are given.
 pushes = st.tuples(st.just("push"), keys, payloads, ttls, delays, dedupes, headers, max_lens)
 others = st.one_of(
     st.tuples(st.just("push_many"), keys, st.lists(payloads, max_size=3), ttls, delays),
-    st.tuples(st.just("put"), looked, payloads, ttls),
     st.tuples(st.just("pull_many"), looked, st.integers(1, 4)),
-    st.tuples(st.just("pullp"), looked),
     st.tuples(st.just("remove"), looked, indexes, st.booleans()),
-    st.tuples(st.just("clear"), looked),
-    st.tuples(st.just("peek"), looked),
-    st.tuples(st.just("len"), looked),
+    st.tuples(st.sampled_from(("pullp", "peek", "len")), looked),
+    st.one_of(
+        st.tuples(st.just("put"), looked, payloads, ttls), st.tuples(st.just("clear"), looked)
+    ),
 )
 settlings = st.tuples(st.sampled_from(("ack", "nack")), indexes, delays)
 crowds = st.one_of(
     st.tuples(st.just("push_many"), keys, st.lists(st.binary(max_size=5), max_size=100)),
     st.tuples(st.just("pull_many"), looked, st.integers(1, 120)),
     st.tuples(st.just("pull_one_by_one"), looked, st.integers(1, 80)),
+)
+looks = st.sampled_from(("wait", "entries", "get", "remove_in_vain", "history", "stats", "keys"))
+upkeeps = st.one_of(
+    st.tuples(st.just("push_in_sql"), keys, payloads),
+    st.tuples(st.sampled_from(("compact", "close")), names),
+    st.tuples(st.just("backup"), names, payloads),
+    st.tuples(st.just("reopen"), names, limits),
 )
 
 
@@ -93,6 +100,10 @@ def seconds(micros):
 def refused(*, by, unless):
     """It is refused, unless it must not be."""
     return contextlib.nullcontext() if unless else pytest.raises(by)
+
+
+has_entries = precondition(lambda self: self.model.all())
+has_deliveries = precondition(lambda self: self.deliveries)
 
 
 class Machine(RuleBasedStateMachine):
@@ -190,25 +201,24 @@ class Machine(RuleBasedStateMachine):
             self.learn()
             self.model.now = to
 
-    @rule(step=steps)
-    def time_passes(self, step):
-        self.move_clock(self.model.now + step)
+    @has_entries
+    @rule(to=st.one_of(steps, st.tuples(indexes, besides)))
+    def time_passes(self, to):
+        """By a step, or until one of the next ends, or just before it, or just after."""
+        if isinstance(to, int):
+            self.move_clock(self.model.now + to)
+        else:
+            ends = [end + to[1] for end in self.model.edges() if end + to[1] > self.model.now]
+            self.move_clock(ends[to[0] % len(ends)] if ends else self.model.now)
 
-    @rule(step=jumps)
-    def clock_jumps_back(self, step):
-        self.move_clock(self.model.now + step)
-
-    @rule(index=indexes, beside=st.sampled_from((0, -1, 1)))
-    def time_passes_until_something_ends(self, index, beside):
-        ends = [time for time in self.model.edges() if time + beside > self.model.now]
-        if index < len(ends):
-            self.move_clock(ends[index] + beside)
-
-    @rule(index=indexes, beside=st.sampled_from((0, -1, 1)))
-    def clock_jumps_back_to_an_end(self, index, beside):
-        ends = [time for time in self.model.edges() if time + beside < self.model.now][::-1]
-        if index < len(ends):
-            self.move_clock(ends[index] + beside)
+    @has_entries
+    @rule(to=st.one_of(jumps, st.tuples(indexes, besides)))
+    def clock_jumps_back(self, to):
+        if isinstance(to, int):
+            self.move_clock(self.model.now + to)
+        else:
+            ends = [end + to[1] for end in self.model.edges() if end + to[1] < self.model.now]
+            self.move_clock(ends[-1 - to[0] % len(ends)] if ends else self.model.now)
 
     # -- verbs that a transaction has, too: `to` is a store or a transaction
 
@@ -310,18 +320,7 @@ class Machine(RuleBasedStateMachine):
         to = self.store(name) if verb == "push_many" else self.store(name, key)
         getattr(self, f"do_{verb}")(to, key, *given)
 
-    @rule(key=keys, payload=payloads)
-    def push_in_sql(self, key, payload):
-        """Another application's connection, through the view; its clock isn't ours."""
-        other = apsw.Connection(self.path)
-        try:
-            sql = "INSERT INTO sqlspace_outbox (key, payload) VALUES (?, ?)"
-            other.execute(sql, (key, payload))
-            (seq,) = other.execute("SELECT max(seq) FROM sqlspace_entries").fetchone()
-        finally:
-            other.close()
-        self.model.push(Entry(seq, key, payload, {}, None))
-
+    @has_entries
     @rule(name=names, listed=st.one_of(looked, key_lists))
     def pull(self, name, listed):
         """Or pull_any; both look once."""
@@ -334,17 +333,6 @@ class Machine(RuleBasedStateMachine):
             else:
                 found = store.pull_any(listed, timeout=0)
             assert found == (ready, *self.model.pull(ready))
-
-    @rule(name=names, key=looked, index=indexes)
-    def remove_in_vain(self, name, key, index):
-        """Neither another key's entry, nor one that was taken."""
-        seqs = [entry.seq for entry in self.model.all() if entry.key != key]
-        seqs += [stone.seq for stone in self.model.taken[::-1] if stone.seq is not None]
-        if index < len(seqs):
-            store = self.store(name, key)
-            self.model.visit(key)
-            assert store.remove(key, seqs[index]) is False
-            assert store.get(key, seqs[index]) is None
 
     # -- leasing
 
@@ -360,7 +348,9 @@ class Machine(RuleBasedStateMachine):
         assert delivery.lost is False
         name = name if store is self.stores.get(name) else next(iter(self.stores))
         self.deliveries.append((delivery, name, token))
+        del self.deliveries[:-6]  # so that those which hold are often met
 
+    @has_entries
     @rule(
         name=names,
         listed=st.one_of(keys, st.lists(keys, min_size=1, max_size=3)),
@@ -384,6 +374,7 @@ class Machine(RuleBasedStateMachine):
         if head is not None:
             self.delivered(delivery, name, store, head, lease, max_attempts)
 
+    @has_entries
     @rule(
         name=names,
         listed=st.one_of(keys, key_lists),
@@ -409,9 +400,9 @@ class Machine(RuleBasedStateMachine):
     def chosen(self, index, name=None):
         """One of the deliveries of a store, of all if None, the latest first; or None."""
         ours = [each for each in self.deliveries[::-1] if name is None or each[1] == name]
-        if index >= len(ours):
+        if not ours:
             return None
-        delivery, _, token = ours[index]
+        delivery, _, token = ours[index % len(ours)]
         grant = self.model.grants[token]
         if not grant.failed:
             over = is_over(grant.end, grant.length, self.model.now)
@@ -428,6 +419,7 @@ class Machine(RuleBasedStateMachine):
             if not holds:  # also those before which another was refused; that is coarse enough
                 self.model.grants[token].failed = True
 
+    @has_deliveries
     @rule(
         index=indexes, verb=st.sampled_from(("ack", "nack", "extend")), delay=delays, lease=leases
     )
@@ -446,18 +438,38 @@ class Machine(RuleBasedStateMachine):
                     self.model.extend(token, lease)
                     assert delivery.deadline == (self.model.now + lease) / 1e6
 
+    @rule(
+        name=names,
+        deed=pushes,
+        lease=leases,
+        max_attempts=attempts,
+        ordered=st.booleans(),
+        to=st.one_of(steps, st.tuples(indexes, besides)),
+        verb=st.sampled_from(("nack", "ack", "extend", None)),
+        delay=delays,
+    )
+    def work(self, name, deed, lease, max_attempts, ordered, to, verb, delay):
+        """What mostly follows each other, for chance alone seldom gets so far."""
+        self.push(name, deed)
+        self.claim(name, deed[1], lease, max_attempts, ordered, waiting=False)
+        self.learn()
+        self.time_passes(to)
+        if verb is not None and self.deliveries:
+            self.settle(0, verb, delay, lease)
+
+    @has_deliveries
     @rule(name=names, some=st.sets(indexes, max_size=4))
     def ack_many(self, name, some):
         """All of them, or none."""
         if name in self.stores:
-            chosen = [each for each in (self.chosen(index, name) for index in some) if each]
+            chosen = {self.chosen(index, name) for index in some} - {None}
             tokens = [token for _, token in chosen]
             with self.settling(tokens):
                 self.stores[name].ack_many(delivery for delivery, _ in chosen)
                 for token in tokens:
                     self.model.ack(token)
 
-    @rule(name=names, key=st.sampled_from(("a", "b", "b/dead", "ключ")))
+    @rule(name=names, key=keys)
     def requeue(self, name, key):
         store = self.store(name, key + DEAD)
         assert store.requeue(key) == self.model.requeue(key)
@@ -496,9 +508,9 @@ class Machine(RuleBasedStateMachine):
 
     def settle_together(self, together, name, verb, index, delay):
         ours = [each for each in self.deliveries[::-1] if each[1] == name]
-        if index >= len(ours):
+        if not ours:
             return
-        delivery, _, token = ours[index]
+        delivery, _, token = ours[index % len(ours)]
         with self.settling([token]):
             if verb == "ack":
                 together.ack(delivery)
@@ -509,13 +521,24 @@ class Machine(RuleBasedStateMachine):
 
     # -- the Space over it, with JSON
 
-    @rule(name=names, key=keys, value=values, ttl=ttls)
+    @rule(
+        name=names,
+        key=keys,
+        value=values,
+        ttl=ttls,
+        verb=st.sampled_from(("out", "in_", "inp", "rd", "rdp")),
+    )
+    def space(self, name, key, value, ttl, verb):
+        if verb == "out":
+            self.out(name, key, value, ttl)
+        else:
+            self.get_value(name, key, verb)
+
     def out(self, name, key, value, ttl):
         self.store(name).space().out(key, value, ttl=seconds(ttl))
         text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
         self.pushed(key, None, text.encode(), ttl)
 
-    @rule(name=names, key=keys, verb=st.sampled_from(("in_", "inp", "rd", "rdp")))
     def get_value(self, name, key, verb):
         """Decoded first, then taken; what can't be decoded goes to the dead letters, once taken."""
         space = self.store(name, key).space()
@@ -546,13 +569,15 @@ class Machine(RuleBasedStateMachine):
         name=names,
         key=looked,
         index=indexes,
-        look=st.sampled_from(("wait", "entries", "get", "history", "stats", "keys")),
+        look=st.sampled_from(
+            ("wait", "entries", "get", "remove_in_vain", "history", "stats", "keys")
+        ),
     )
     def look(self, name, key, index, look):
         if look in {"wait", "entries"}:
             getattr(self, look)(name, key)
-        elif look == "get":
-            self.get(name, key, index)
+        elif look in {"get", "remove_in_vain"}:
+            getattr(self, look)(name, key, index)
         else:
             getattr(self, look)(name)
 
@@ -595,6 +620,16 @@ class Machine(RuleBasedStateMachine):
             found = self.store(name, key).get(key, model.seq)
             assert (found is not None) == model.is_live(self.model.now)
             self.model.visit(key)
+
+    def remove_in_vain(self, name, key, index):
+        """Neither another key's entry, nor one that was taken."""
+        seqs = [entry.seq for entry in self.model.all() if entry.key != key]
+        seqs += [stone.seq for stone in self.model.taken[::-1] if stone.seq is not None]
+        if index < len(seqs):
+            store = self.store(name, key)
+            self.model.visit(key)
+            assert store.remove(key, seqs[index]) is False
+            assert store.get(key, seqs[index]) is None
 
     def history(self, name):
         store = self.store(name)
@@ -665,13 +700,27 @@ class Machine(RuleBasedStateMachine):
 
     # -- upkeep
 
-    @rule(name=names)
+    @rule(deed=upkeeps)
+    def upkeep(self, deed):
+        verb, *given = deed
+        getattr(self, verb)(*given)
+
+    def push_in_sql(self, key, payload):
+        """Another application's connection, through the view; its clock isn't ours."""
+        other = apsw.Connection(self.path)
+        try:
+            sql = "INSERT INTO sqlspace_outbox (key, payload) VALUES (?, ?)"
+            other.execute(sql, (key, payload))
+            (seq,) = other.execute("SELECT max(seq) FROM sqlspace_entries").fetchone()
+        finally:
+            other.close()
+        self.model.push(Entry(seq, key, payload, {}, None))
+
     def compact(self, name):
         found = self.store(name).compact()
         assert found.bytes_after == os.path.getsize(self.path)
         self.model.compact()
 
-    @rule(name=names, payload=payloads)
     def backup(self, name, payload):
         """The copy holds the same, and goes on by itself."""
         path = os.path.join(self.folder, f"copy-{next(self.copies)}.db")
@@ -687,15 +736,14 @@ class Machine(RuleBasedStateMachine):
             self.compare_history(copy, INFINITY)
             assert copy.push("a", payload) > self.model.last
 
-    @rule(name=names, history=limits)
     def reopen(self, name, history):
         if name in self.stores:
             self.shut(name)
         self.open(name, history)
 
-    @precondition(lambda self: len(self.stores) == 2)
-    @rule(name=names)
     def close(self, name):
+        if len(self.stores) < 2:
+            return
         self.shut(name)
         self.set_limit()
 
