@@ -75,7 +75,7 @@ class Delivery:
     @property
     def lost(self) -> bool:
         """Whether the lease ended before the delivery was settled: another worker may have it."""
-        return self._lost or (not self._settled and clock.now() >= self._grant.deadline)
+        return self._lost or (not self._settled and self._is_over())
 
     def ack(self) -> None:
         """The work is done: turn the entry into a tombstone, as durable as a push.
@@ -99,7 +99,6 @@ class Delivery:
                 self._settled = False
 
         self._database.write(step, undo=undo)
-        self._renewals.discard(self)
 
     def nack(self, delay: float = 0.0) -> None:
         """The work is not done: give the entry back to its old place, for the next claim.
@@ -163,23 +162,32 @@ class Delivery:
         """Give it back; what fails then must not hide the exception that the block ends with."""
         try:
             self.nack()
-        except SpaceError as error:
+        except (SpaceError, ValueError) as error:  # the latter inside a transaction of the store
             log.warning("entry %d of %a could not be given back: %s", self.seq, self.key, error)
 
     def _settle_by(self, step: Callable[[Connection], list[str]]) -> None:
         """Settle in one transaction, out of the renewals' sight."""
         self._ensure_unsettled()
+        done: list[Any] = []  # not empty once it is this call that settles, and no other thread's
         try:
-            self._database.transact(functools.partial(self._marked, step))
+            self._database.transact(functools.partial(self._marked, step, done))
         except BaseException:
-            self._settled = False
+            if done:
+                self._settled = False
             raise
-        self._renewals.discard(self)
 
-    def _marked(self, step: Callable[[Connection], list[str]], connection: Connection) -> list[str]:
+    def _marked(
+        self, step: Callable[[Connection], list[str]], done: list[Any], connection: Connection
+    ) -> list[str]:
         rings = step(connection)
+        done.append(True)
         self._settled = True
         return rings
+
+    def _is_over(self) -> bool:
+        """Whether the clock has ended the lease, as the file has it: a jump back does so too."""
+        now, grant = clock.now(), self._grant
+        return now >= grant.deadline or now < grant.since - grant.micros - entries.GRACE_MICROS
 
     # -- inside a write, of a transaction too
 
@@ -208,7 +216,6 @@ class Delivery:
     def _settle(self) -> None:
         """Its settling was committed."""
         self._settled = True
-        self._renewals.discard(self)
 
     def _ensure_of(self, store: "Store") -> None:
         if self._store is not store:
@@ -235,17 +242,29 @@ def ack_many(store: "Store", database: Database, given: Sequence[object]) -> Non
             raise TypeError(f"{argument} must be a sqlspace.Delivery, not {kind(delivery)}")
         delivery._ensure_of(store)  # noqa: SLF001
         deliveries.append(delivery)
+    settled: list[Delivery] = []
 
     def step(connection: Connection) -> Iterable[str]:
         rings: dict[str, None] = {}
         for delivery in deliveries:
             rings.update(dict.fromkeys(delivery._ack_in(connection, [])))  # noqa: SLF001
+        # Before the commit: no renewal may find them acked and not settled.
+        for delivery in deliveries:
+            settled.append(delivery)
+            delivery._settle()  # noqa: SLF001
         upkeep.prune(connection, database.history(), len(deliveries) + upkeep.PRUNE_ROWS)
         return rings
 
-    database.transact(step)
-    for delivery in deliveries:
-        delivery._settle()  # noqa: SLF001
+    def undo(connection: Connection) -> None:
+        for delivery in settled:
+            entries.unack(connection, delivery._grant)  # noqa: SLF001
+
+    try:
+        database.transact(step, undo=undo)
+    except BaseException:
+        for delivery in settled:
+            delivery._settled = False  # noqa: SLF001
+        raise
 
 
 # -- renewing
@@ -264,7 +283,9 @@ class Renewals:
 
     def __init__(self, database: Database) -> None:
         self.database = database
-        self._changed = threading.Condition(threading.Lock())
+        # Entered as it is: a Condition's own enter and exit are Python's, where Ctrl-C gets in.
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         # When each is due, on the monotonic clock. Weak, so that a block which an interrupt kept
         # from beginning is not renewed for ever.
         self._due: weakref.WeakKeyDictionary[Delivery, float] = weakref.WeakKeyDictionary()
@@ -273,7 +294,7 @@ class Renewals:
 
     def add(self, delivery: Delivery) -> None:
         """Renew it from now on."""
-        with self._changed:
+        with self._lock:
             self._due[delivery] = self._next(delivery)
             if self._thread is None:
                 thread = threading.Thread(target=self._run, name="sqlspace-renewals", daemon=True)
@@ -284,13 +305,13 @@ class Renewals:
 
     def discard(self, delivery: Delivery) -> None:
         """Renew it no more; idempotent."""
-        with self._changed:
+        with self._lock:
             if self._due.pop(delivery, None) is not None and not self._due:
                 self._changed.notify()
 
     def reschedule(self, delivery: Delivery) -> None:
         """Its lease has another length now."""
-        with self._changed:
+        with self._lock:
             if delivery in self._due:
                 self._due[delivery] = self._next(delivery)
                 self._changed.notify()
@@ -315,7 +336,7 @@ class Renewals:
 
     def _wait(self) -> list[Delivery] | None:
         """Those that are due; None if there are none left, and then this was the thread's end."""
-        with self._changed:
+        with self._lock:
             return self._wait_inside()
 
     def _wait_inside(self) -> list[Delivery] | None:
@@ -329,7 +350,7 @@ class Renewals:
             if first <= now:
                 return [each for each, at in due.items() if at <= now]
             del due  # or it would keep them
-            self._changed.wait(first - now)
+            self._changed.wait(min(first - now, threading.TIMEOUT_MAX))
 
     def _renew(self, batch: list[Delivery]) -> None:
         lost: list[Delivery] = []
@@ -346,18 +367,18 @@ class Renewals:
             return ()
 
         self.database.transact(step)
-        with self._changed:
+        with self._lock:
             self._reschedule_all(batch, lost)
 
     def _reschedule_all(self, batch: list[Delivery], lost: list[Delivery]) -> None:
         for delivery in batch:
-            if delivery in lost:
+            if delivery in lost or delivery._settled:  # noqa: SLF001
                 self._due.pop(delivery, None)
             elif delivery in self._due:
                 self._due[delivery] = self._next(delivery)
 
     def _postpone(self, batch: list[Delivery]) -> None:
-        with self._changed:
+        with self._lock:
             self._put_off(batch)
 
     def _put_off(self, batch: list[Delivery]) -> None:
@@ -375,7 +396,7 @@ class Renewals:
             thread.join(_END_SECONDS)
 
     def _stop(self) -> None:
-        with self._changed:
+        with self._lock:
             self._due.clear()
             self._changed.notify()
 
@@ -384,7 +405,8 @@ class Renewals:
 
     def forget(self) -> None:
         """In a forked child: the leases are the parent's to renew."""
-        self._changed = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._due = weakref.WeakKeyDictionary()
         self._thread = None
 

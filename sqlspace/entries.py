@@ -20,13 +20,14 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from . import upkeep
-from .arguments import KEY_BYTES
+from .arguments import KEY_BYTES, check_key
 from .connection import Connection, run
 from .doorbell import room_token
 
 __all__ = [
     "BATCH_ROWS",
     "DEAD",
+    "GRACE_MICROS",
     "NO_SEQ",
     "Grant",
     "Head",
@@ -63,6 +64,7 @@ log = logging.getLogger("sqlspace")
 
 DEAD = "/dead"
 BATCH_ROWS = 1000
+GRACE_MICROS = 60_000_000  # by so much more than twice its length may an end lie ahead
 LONGEST_WITH_DEAD = KEY_BYTES - len(DEAD)
 NO_SEQ = (1 << 62) + 1  # beyond those that a row can have
 
@@ -614,13 +616,21 @@ def requeue(connection: Connection, key: str, now: int, limit: int) -> tuple[int
     found = heads(connection, source, now, limit)
     for head in found:
         headers = readable_headers(head.headers)
-        target = headers.get(ORIGIN_KEY, key)
+        target = _origin(headers) or key
         kept = {name: text for name, text in headers.items() if name not in _ORIGIN}
         text = _json(kept) if kept else None
         connection.execute(INSERT_MOVED, (target, text, now, head.seq))
         tokens.append(target)
     take_all(connection, [head.seq for head in found], now)
     return len(found), [*dict.fromkeys(tokens), room_token(source)]
+
+
+def _origin(headers: dict[str, str]) -> str | None:
+    """The key that a dead letter comes from, if the headers name one that a caller could name."""
+    try:
+        return check_key(headers[ORIGIN_KEY])
+    except (KeyError, ValueError):
+        return None
 
 
 def readable_headers(headers: bytes | None) -> dict[str, str]:
