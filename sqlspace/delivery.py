@@ -165,7 +165,7 @@ class Delivery:
         """Give it back; what fails then must not hide the exception that the block ends with."""
         try:
             self.nack()
-        except SpaceError as error:
+        except (SpaceError, ValueError) as error:  # the latter inside a transaction of the store
             log.warning("entry %d of %a could not be given back: %s", self.seq, self.key, error)
 
     def _settle_by(self, step: Callable[[Connection], list[str]]) -> None:
@@ -234,7 +234,6 @@ def ack_many(store: "Store", database: Database, given: Sequence[object]) -> Non
             raise TypeError(f"{argument} must be a sqlspace.Delivery, not {kind(delivery)}")
         delivery._ensure_of(store)  # noqa: SLF001
         deliveries.append(delivery)
-
     acked: list[Delivery] = []
 
     def step(connection: Connection) -> Iterable[str]:
@@ -274,7 +273,9 @@ class Renewals:
 
     def __init__(self, database: Database) -> None:
         self.database = database
-        self._changed = threading.Condition(threading.Lock())
+        # Entered as it is: a Condition's own enter and exit are Python's, where Ctrl-C gets in.
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         # When each is due, on the monotonic clock. Weak, so that a block which an interrupt kept
         # from beginning is not renewed for ever.
         self._due: weakref.WeakKeyDictionary[Delivery, float] = weakref.WeakKeyDictionary()
@@ -283,7 +284,7 @@ class Renewals:
 
     def add(self, delivery: Delivery) -> None:
         """Renew it from now on."""
-        with self._changed:
+        with self._lock:
             self._due[delivery] = self._next(delivery)
             if self._thread is None:
                 self._thread = self._start()
@@ -300,13 +301,13 @@ class Renewals:
 
     def discard(self, delivery: Delivery) -> None:
         """Renew it no more; idempotent."""
-        with self._changed:
+        with self._lock:
             if self._due.pop(delivery, None) is not None and not self._due:
                 self._changed.notify()
 
     def reschedule(self, delivery: Delivery) -> None:
         """Its lease has another length now."""
-        with self._changed:
+        with self._lock:
             if delivery in self._due:
                 self._due[delivery] = self._next(delivery)
                 self._changed.notify()
@@ -331,7 +332,7 @@ class Renewals:
 
     def _wait(self) -> list[Delivery] | None:
         """Those that are due; None if there are none left, and then this was the thread's end."""
-        with self._changed:
+        with self._lock:
             return self._wait_inside()
 
     def _wait_inside(self) -> list[Delivery] | None:
@@ -345,7 +346,7 @@ class Renewals:
             if first <= now:
                 return [each for each, at in due.items() if at <= now]
             del due  # or it would keep them
-            self._changed.wait(first - now)
+            self._changed.wait(min(first - now, threading.TIMEOUT_MAX))
 
     def _renew(self, batch: list[Delivery]) -> None:
         lost: set[Delivery] = set()
@@ -362,7 +363,7 @@ class Renewals:
             return ()
 
         self.database.transact(step)
-        with self._changed:
+        with self._lock:
             self._reschedule_all(batch, lost)
 
     def _reschedule_all(self, batch: list[Delivery], lost: set[Delivery]) -> None:
@@ -373,7 +374,7 @@ class Renewals:
                 self._due[delivery] = self._next(delivery)
 
     def _postpone(self, batch: list[Delivery]) -> None:
-        with self._changed:
+        with self._lock:
             self._put_off(batch)
 
     def _put_off(self, batch: list[Delivery]) -> None:
@@ -391,7 +392,7 @@ class Renewals:
             thread.join(_END_SECONDS)
 
     def _stop(self) -> None:
-        with self._changed:
+        with self._lock:
             self._due.clear()
             self._changed.notify()
 
@@ -400,7 +401,8 @@ class Renewals:
 
     def forget(self) -> None:
         """In a forked child: the leases are the parent's to renew."""
-        self._changed = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._due = weakref.WeakKeyDictionary()
         self._thread = None
 

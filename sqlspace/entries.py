@@ -20,13 +20,14 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from . import upkeep
-from .arguments import KEY_BYTES, nameable
+from .arguments import KEY_BYTES, check_key, nameable
 from .connection import Connection, run
 from .doorbell import room_token
 
 __all__ = [
     "BATCH_ROWS",
     "DEAD",
+    "GRACE_MICROS",
     "NO_SEQ",
     "Grant",
     "Head",
@@ -67,7 +68,7 @@ BATCH_ROWS = 1000  # changed in one step
 BURY_ROWS = 200  # moved in one step; each costs several statements
 LONGEST_WITH_DEAD = KEY_BYTES - len(DEAD)
 NO_SEQ = (1 << 62) + 1  # beyond those that a row can have
-MINUTE_MICROS = 60_000_000  # that of since_at
+GRACE_MICROS = 60_000_000  # by so much more than twice its length may an end lie ahead
 
 # -- what a row is, by the clock
 
@@ -386,7 +387,7 @@ class Grant(NamedTuple):
 
     def is_over(self, now: int) -> bool:
         """What OVER says of its row, unless somebody has changed that since."""
-        return self.deadline <= now or self.deadline - 2 * self.micros - MINUTE_MICROS > now
+        return self.deadline <= now or self.deadline - 2 * self.micros - GRACE_MICROS > now
 
 
 # -- adding
@@ -712,7 +713,7 @@ def requeue(connection: Connection, key: str, now: int, limit: int) -> tuple[int
     found = heads(connection, source, now, limit)
     for head in found:
         headers = readable_headers(head.headers)
-        target = nameable(headers.get(ORIGIN_KEY, key).encode(errors="replace")) or key
+        target = _origin(headers) or key
         if target == source:
             target = key
         kept = {name: text for name, text in headers.items() if name not in _ORIGIN}
@@ -721,6 +722,14 @@ def requeue(connection: Connection, key: str, now: int, limit: int) -> tuple[int
         tokens.append(target)
     take_all(connection, [head.seq for head in found], now)
     return len(found), [*dict.fromkeys(tokens), room_token(source)]
+
+
+def _origin(headers: dict[str, str]) -> str | None:
+    """The key that a dead letter comes from, if the headers name one that a caller could name."""
+    try:
+        return check_key(headers[ORIGIN_KEY])
+    except (KeyError, ValueError):
+        return None
 
 
 def readable_headers(headers: bytes | None) -> dict[str, str]:

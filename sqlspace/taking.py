@@ -260,7 +260,17 @@ def tidy(database: Database, connection: Connection) -> list[str]:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
         return []
+    except BaseException:
+        # An open transaction would be taken for the caller's own, and nothing be undone.
+        if connection.in_transaction:
+            surely(lambda: _roll_back(connection))
+        raise
     return tokens
+
+
+def _roll_back(connection: Connection) -> None:
+    if connection.in_transaction:
+        connection.execute("ROLLBACK")
 
 
 # -- several at once
