@@ -160,6 +160,8 @@ class Doorbell:
             if not self._takers and not self._readers:
                 self._watch.ignore(self)
         self._watch.resign(waiter)
+        # Whoever rang while the mark stood has been heard by now, or sees that it is gone.
+        self._watch.answer_all(self)
 
     def _forget(self, waiter: Waiter, tokens: Iterable[str]) -> None:
         for token in tokens:
@@ -273,12 +275,24 @@ class Doorbell:
         while (found := self._marks.smallest(first, base + _SPAN)) is not None:
             self._watch.send(found - base - _READING, self.file_id, token)
             first = found + 1
+        self._ring_taker(token, base)
+
+    def pass_on(self, token: str) -> None:
+        """A ring came for which nobody waits here any more: it may be another's."""
+        with self._lock:
+            waited = token in self._takers or token in self._readers
+        if not waited:
+            self._ring_taker(token, self._question(token)[1])
+
+    def _ring_taker(self, token: str, base: int) -> None:
         # Start anywhere among those who take, so that no process gets every ring, or, if it doesn't
         # answer, swallows every ring; on behind those who died, or whom no datagram reaches.
         start = base + random.randrange(_PIDS)  # noqa: S311  # no secret
         for first, end in ((start, base + _PIDS), (base, start)):
             while (found := self._marks.smallest(first, end)) is not None:
-                if self._watch.send(found - base, self.file_id, token):
+                # One that has left in the meantime may not hear it any more.
+                heard = self._watch.send(found - base, self.file_id, token)
+                if heard and self._marks.find(Marks.ask(found, 1)) is not None:
                     return
                 first = found + 1  # noqa: PLW2901
 
@@ -488,17 +502,30 @@ class _Watch:
             if at is not None
         ]
 
-    def _answer(self) -> None:
-        """Read one ring, and pass it on."""
-        assert self._socket is not None
+    def answer_all(self, bell: Doorbell) -> None:
+        """Read what rings there are, for a bell at which somebody has stopped waiting."""
+        while self._answer(bell):
+            pass
+
+    def _answer(self, leaving: Doorbell | None = None) -> bool:
+        """Read one ring, and pass it on; whether there was one."""
+        if self._socket is None:
+            return False
         try:
             device, inode, token = self._socket.recv(2048).decode().split(" ", 2)
-            file = self._files.get((int(device), int(inode)))
-        except (BlockingIOError, ValueError):  # another has read it; it isn't one of ours
-            return
-        if file is not None:
-            for bell in tuple(file.bells):
-                bell.wake(token)
+            name = int(device), int(inode)
+        except BlockingIOError:  # or another has read it
+            return False
+        except ValueError:  # it isn't one of ours
+            return True
+        file = self._files.get(name)
+        bells = [*file.bells] if file is not None else []
+        if leaving is not None and leaving.file_id == name and leaving not in bells:
+            bells.append(leaving)
+        woken = [bell.wake(token) for bell in bells]  # each of them
+        if bells and not any(woken):
+            bells[0].pass_on(token)
+        return True
 
     def _note(self) -> None:
         """Read the signs of change, and plan a look for each."""

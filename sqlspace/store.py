@@ -565,6 +565,7 @@ class Store:
         Leases stay as they are: what is not settled comes back when they are over.
         """
         self._database.close()
+        self._renewals.stop()
 
     def __enter__(self) -> Self:
         return self
@@ -581,7 +582,7 @@ class Store:
         database = self.__dict__.get("_database")
         if database is not None and not database.closed:
             warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2, source=self)
-            database.close()
+            self.close()
 
     def __reduce__(self) -> tuple[Callable[[Options], "Store"], tuple[Options]]:
         return Store, (self._database.options,)

@@ -15,6 +15,8 @@ from sqlspace import schema
 MAY_SCAN = {
     "browsing.SELECT_STATS": "counts every live entry; says so",
     "schema.SELECT_OBJECTS": "reads the schema itself, once an open",
+    "browsing.SELECT_NEXT_DEATH": "scans the few rows that it has selected",
+    "browsing.SELECT_NEXT_EXPIRY": "scans the few rows that it has selected",
 }
 # SQLite calls it a scan when a query with a LIMIT 1 starts at an index's end.
 ONE_STEP = {
