@@ -13,6 +13,7 @@ Invariants: due_at and deadline are NULL in a row of state 0 and in tombstones, 
 a token stands in a row that is leased, or was when it was acked.
 """
 
+import heapq
 import json
 import logging
 import os
@@ -88,8 +89,9 @@ INSERT INTO sqlspace_entries
   (key, payload, headers, pushed_at, state, due_at, delay, expires_at, dedupe)
 VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
 """
-SELECT_DEDUPE = """
-SELECT seq, taken_no FROM sqlspace_entries WHERE key = ? AND dedupe = ? AND dedupe IS NOT NULL
+SELECT_DEDUPE = f"""
+SELECT seq, taken_no, state < 3 AND NOT {LIVE}, {LAST} AND {DIED_FIRST}
+  FROM sqlspace_entries WHERE key = ?2 AND dedupe = ?3 AND dedupe IS NOT NULL
 """
 FORGET_DEDUPE = "UPDATE sqlspace_entries SET dedupe = NULL WHERE seq = ?"
 FORGET_ALL_DEDUPES = """
@@ -230,15 +232,13 @@ UPDATE sqlspace_entries SET deadline = ?1 + ?4, lease = ?4
 FREE = """
    SET state = 0, due_at = NULL, delay = NULL, deadline = NULL, lease = NULL, token = NULL
 """
-RELEASE_DUE = f"""
-UPDATE sqlspace_entries {FREE} WHERE seq IN (
-  SELECT seq FROM sqlspace_entries INDEXED BY sqlspace_entries_until
-   WHERE key = ?2 AND until_at <= ?1 AND NOT {LAST} ORDER BY until_at, seq LIMIT ?3)
+SELECT_OVER = f"""
+SELECT seq FROM sqlspace_entries INDEXED BY sqlspace_entries_until
+ WHERE key = ?2 AND until_at <= ?1 AND NOT {LAST} LIMIT ?3
 """
-RELEASE_STUCK = f"""
-UPDATE sqlspace_entries {FREE} WHERE seq IN (
-  SELECT seq FROM sqlspace_entries INDEXED BY sqlspace_entries_since
-   WHERE key = ?2 AND since_at > ?1 AND NOT {LAST} LIMIT ?3)
+SELECT_STUCK = f"""
+SELECT seq FROM sqlspace_entries INDEXED BY sqlspace_entries_since
+ WHERE key = ?2 AND since_at > ?1 AND NOT {LAST} LIMIT ?3
 """
 SELECT_FIRST_HELD = f"""
 SELECT seq, {OVER} AND NOT {LAST} FROM sqlspace_entries INDEXED BY sqlspace_entries_live
@@ -356,12 +356,18 @@ def find_dedupe(
         keep: How many tombstones the history keeps; None: all.
         now: The time.
     """
-    expire(connection, now)
-    found: list[Any] = connection.execute(SELECT_DEDUPE, (key, dedupe)).fetchall()
+    found: list[Any] = connection.execute(SELECT_DEDUPE, (now, key, dedupe)).fetchall()
     if not found:
         return None
-    seq, taken_no = found[0]
+    seq, taken_no, is_gone, died_first = found[0]
+    if is_gone:  # and only not carried out yet: now it is in the history, if there is one
+        if died_first:
+            _bury_one(connection, seq, now, "attempts")
+        else:
+            take_all(connection, [seq], now, state=5)
     last: Any = connection.execute(upkeep.SELECT_LAST_TAKEN).get
+    if is_gone:
+        taken_no = last
     if taken_no is not None and keep is not None and taken_no <= last - keep:
         connection.execute(FORGET_DEDUPE, (seq,))
         return None
@@ -531,15 +537,39 @@ def catch_up(
 
 
 def _release(connection: Connection, key: str, now: int, limit: int) -> int:
-    """Have what has come due stand ready; how many."""
-    connection.execute(RELEASE_DUE, (now, key, limit))
-    released = connection.changes()
-    if released == limit:  # there may be more, that stand before those in the queue
-        for state in (1, 2):
-            rows: Any = connection.execute(SELECT_FIRST_HELD, (now, key, limit, state)).fetchall()
-            connection.executemany(RELEASE_ONE, [(seq,) for seq, over in rows if over])
-    connection.execute(RELEASE_STUCK, (now, key, limit))
-    return released + connection.changes()
+    """Have what has come due stand ready, the first in the queue first; how many."""
+    seqs = _all_over(connection, key, now, limit + 1)
+    if len(seqs) > limit:
+        seqs = _first_over(connection, key, now, limit)
+    connection.executemany(RELEASE_ONE, [(seq,) for seq in seqs])
+    return len(seqs)
+
+
+def _all_over(connection: Connection, key: str, now: int, limit: int) -> list[int]:
+    """The seqs of what has come due, by either clock; `limit` of each at most."""
+    rows: list[Any] = []
+    for sql in (SELECT_OVER, SELECT_STUCK):
+        rows += connection.execute(sql, (now, key, limit)).fetchall()
+    return list({seq for (seq,) in rows})
+
+
+def _first_over(connection: Connection, key: str, now: int, limit: int) -> list[int]:
+    """Of what has come due, the `limit` lowest seqs.
+
+    Mostly they are the first of all that is held. If others are held among those, all that is due
+    is looked at, since no index has it in the order of its seqs.
+    """
+    found: list[int] = []
+    known = NO_SEQ  # up to which all that is held was seen
+    for state in (1, 2):
+        rows: list[Any] = connection.execute(SELECT_FIRST_HELD, (now, key, limit, state)).fetchall()
+        found += [seq for seq, is_over in rows if is_over]
+        if len(rows) == limit:
+            known = min(known, rows[-1][0])
+    first = sorted(seq for seq in found if seq <= known)[:limit]
+    if len(first) == limit:
+        return first
+    return heapq.nsmallest(limit, _all_over(connection, key, now, NO_SEQ))
 
 
 def has_expired(connection: Connection, now: int) -> bool:
