@@ -603,9 +603,11 @@ def bury(connection: Connection, now: int, limit: int = BATCH_ROWS) -> list[str]
 
 def bury_unreadable(connection: Connection, head: Head, now: int) -> list[str]:
     """Move an entry to the dead letters because of what it holds, if it is still there; tokens."""
+    # It may have come due just then, which was rolled back when it couldn't be read.
+    tokens = catch_up(connection, head.key, now)
     if not connection.execute(SELECT_STANDS, (head.seq,)).fetchall():
-        return []
-    return _bury_one(connection, head.seq, now, "unreadable")
+        return tokens
+    return [*tokens, *_bury_one(connection, head.seq, now, "unreadable")]
 
 
 def dead_key(key: str) -> str | None:
