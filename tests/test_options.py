@@ -429,15 +429,12 @@ def test_a_known_name_needs_no_room(store):
 
 def test_eight_threads_that_push_one_name_add_one_entry(store):
     """All of them get its seq."""
-    seqs, threads = [], []
-    for _ in range(8):
-        threads.append(
-            threading.Thread(
-                target=lambda: seqs.extend(
-                    [store.push("k", b"x", dedupe=f"{n}") for n in range(20)]
-                )
-            )
-        )
+    seqs = []
+
+    def push():
+        seqs.extend([store.push("k", b"x", dedupe=f"{n}") for n in range(20)])
+
+    threads = [threading.Thread(target=push) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -632,8 +629,9 @@ def test_a_clock_that_jumps_by_years_makes_nothing_stick(store, clock, years):
     clock.go(years * YEAR_SECONDS)
     assert [store.peek(key) for key in ("k", "delayed", "nacked")] == [b"lasting", b"1", b"1"]
     assert store.len("live") == 0
-    assert store.keys() == ["delayed", "k", "last/dead", "nacked"]
-    assert [entry.state for key in store.keys() for entry in store.entries(key)] == ["ready"] * 4
+    keys = ["delayed", "k", "last/dead", "nacked"]
+    assert store.keys() == keys
+    assert [entry.state for key in keys for entry in store.entries(key)] == ["ready"] * 4
     with pytest.raises(LeaseError):
         leased.ack()
     second = store.claim("k", 0)
