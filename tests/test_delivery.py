@@ -1039,8 +1039,11 @@ store = sqlspace.open(sys.argv[1], sync=False, history=history)
 hits = rounds = 0
 problems = []
 
+armed = False  # the signal may reach the renewals' thread, and this one long afterwards
+
 def interrupt(*_):
-    raise KeyboardInterrupt
+    if armed:
+        raise KeyboardInterrupt
 
 def states():
     return collections.Counter(entry.state for entry in store.entries("k"))
@@ -1061,7 +1064,7 @@ while rounds < int(sys.argv[5]):
     store.push_many("k", [b"x"] * 4)
     got, done = [], []
     held = [] if verb.startswith("claim") or verb == "with" else claims()
-    wanted = 4
+    armed = True
     try:
         signal.setitimer(signal.ITIMER_REAL, random.uniform(0.00002, 0.0004))
         if verb == "claim":
@@ -1080,7 +1083,9 @@ while rounds < int(sys.argv[5]):
             with store.claim("k"):
                 pass
         signal.setitimer(signal.ITIMER_REAL, 0)
+        armed = False
     except KeyboardInterrupt:
+        armed = False
         hits += 1
     signal.setitimer(signal.ITIMER_REAL, 0)
     found = states()
