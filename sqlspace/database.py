@@ -467,6 +467,12 @@ class Database:
         if self.closed:
             raise ClosedError(f"the store {self.options.path} is closed")
 
+    def ensure_usable(self) -> None:
+        """Raise ClosedError, or what has made it unusable for ever."""
+        self.ensure_open()
+        if self._poison is not None:
+            raise type(self._poison)(*self._poison.args) from self._poison
+
     def close(self) -> None:
         """Close it; idempotent. Calls under way end first."""
         self.closed = True
@@ -500,9 +506,7 @@ class Database:
 
     def _ready(self) -> _Session:
         """The session to work in, with one of the locks held."""
-        self.ensure_open()
-        if self._poison is not None:
-            raise type(self._poison)(*self._poison.args) from self._poison
+        self.ensure_usable()
         return self._session or self._reopen()
 
     def _reopen(self) -> _Session:

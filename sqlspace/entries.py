@@ -13,6 +13,7 @@ Invariants: due_at and deadline are NULL in a row of state 0 and in tombstones, 
 a token stands in a row that is leased, or was when it was acked.
 """
 
+import heapq
 import json
 import logging
 import os
@@ -259,7 +260,7 @@ UPDATE sqlspace_entries SET deadline = ?1 + ?4, lease = ?4
 
 SELECT_OVER = f"""
 SELECT seq, deadline IS NOT NULL FROM sqlspace_entries INDEXED BY sqlspace_entries_until
- WHERE key = ?2 AND until_at <= ?1 AND state < 3 AND NOT {LAST} ORDER BY until_at, seq LIMIT ?3
+ WHERE key = ?2 AND until_at <= ?1 AND state < 3 AND NOT {LAST} LIMIT ?3
 """
 SELECT_STUCK = f"""
 SELECT seq, deadline IS NOT NULL FROM sqlspace_entries INDEXED BY sqlspace_entries_since

@@ -286,7 +286,7 @@ def pull_many(database: Database, key: str, limit: int) -> list[bytes]:
         found[:], tokens = take_up_to(connection, key, limit)
         payloads[:] = [head.payload for head in found]  # here, within reach of undo
         upkeep.prune(connection, database.history(), len(found) + upkeep.PRUNE_ROWS)
-        return tokens
+        return [*tokens, *entries.expire(connection, clock.now())]
 
     def undo(connection: Connection) -> None:
         for head in found[len(back) :]:

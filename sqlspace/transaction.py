@@ -275,7 +275,7 @@ class Transaction:
             raise ValueError("the transaction is over, or hasn't begun")
         if self._thread != threading.get_ident():
             raise ValueError("a transaction belongs to the thread that opened it")
-        self._database.ensure_open()
+        self._database.ensure_usable()
         connection = self._connection
         rings, settled = len(self._rings), len(self._settled)
         try:

@@ -202,11 +202,93 @@ BOOL = [
     ([], TypeError, "list"),
 ]
 
+TTL = [*SECONDS, (0, ValueError, "more than 0"), (0.0, ValueError, "more than 0")]
+DELAY = [*SECONDS, (math.inf, ValueError, "finite"), (HUGE, ValueError, "finite")]
+LEASE = [
+    *SECONDS,
+    (None, TypeError, "NoneType"),
+    (0, ValueError, "more than 0 seconds and finite, not 0"),
+    (math.inf, ValueError, "finite, not inf"),
+    (HUGE, ValueError, CUT),
+]
+AT_LEAST_1_OR_NONE = [wrong for wrong in AT_LEAST_1 if wrong[0] is not None]
+DEDUPE = [wrong for wrong in KEY if wrong[0] is not None]
+# One str is one key; all else is several.
+KEY_OR_KEYS = [
+    *[wrong for wrong in KEY if isinstance(wrong[0], str)],
+    *[wrong for wrong in KEYS if not isinstance(wrong[0], str)],
+]
+DELIVERIES = [
+    (None, TypeError, "NoneType"),
+    (7, TypeError, "int"),
+    ("text", TypeError, "deliveries[0] must be a sqlspace.Delivery, not str"),
+    (b"x", TypeError, "deliveries[0] must be a sqlspace.Delivery, not int"),
+    ([None], TypeError, "deliveries[0] must be a sqlspace.Delivery, not NoneType"),
+    ([1], TypeError, "not int"),
+]
+CALLABLE = [
+    (None, TypeError, "must be callable, not NoneType"),
+    ("json", TypeError, "not str"),
+    (7, TypeError, "not int"),
+]
+
 # (verb, argument) -> how to call it with the wrong value, and the wrong values.
 VERBS = {
     ("push", "key"): (lambda store, wrong: store.push(wrong, b"x"), KEY),
     ("push", "payload"): (lambda store, wrong: store.push("kept", wrong), PAYLOAD),
     ("push", "headers"): (lambda store, wrong: store.push("kept", b"x", headers=wrong), HEADERS),
+    **{
+        ("push", argument): (
+            lambda store, wrong, argument=argument, others=others: store.push(
+                "kept", b"x", **{argument: wrong}, **others
+            ),
+            table,
+        )
+        for argument, table, others in [
+            ("ttl", TTL, {}),
+            ("delay", DELAY, {}),
+            ("dedupe", DEDUPE, {}),
+            ("max_len", AT_LEAST_1_OR_NONE, {}),
+            ("timeout", SECONDS, {"max_len": 9}),
+            ("context", CONTEXT, {"max_len": 9}),
+        ]
+    },
+    ("push_many", "ttl"): (lambda store, wrong: store.push_many("kept", [b"x"], ttl=wrong), TTL),
+    ("push_many", "delay"): (
+        lambda store, wrong: store.push_many("kept", [b"x"], delay=wrong),
+        DELAY,
+    ),
+    ("put", "ttl"): (lambda store, wrong: store.put("kept", b"x", ttl=wrong), TTL),
+    **{
+        (verb, argument): (
+            lambda store, wrong, verb=verb, argument=argument, more=more: getattr(store, verb)(
+                "kept", *more, **{argument: wrong}
+            ),
+            table,
+        )
+        for verb, more in [("claim", ()), ("claimp", ()), ("claim_many", (1,)), ("consume", ())]
+        for argument, table in [
+            ("lease", LEASE),
+            ("max_attempts", AT_LEAST_1_OR_NONE),
+            ("ordered", BOOL),
+        ]
+        if (verb, argument) != ("claim_many", "ordered")
+    },
+    **{
+        (verb, "key_or_keys"): (
+            lambda store, wrong, verb=verb, more=more: getattr(store, verb)(wrong, *more),
+            KEY_OR_KEYS,
+        )
+        for verb, more in [("claim", (0,)), ("claimp", ()), ("claim_many", (1,)), ("consume", ())]
+    },
+    ("claim", "timeout"): (lambda store, wrong: store.claim("kept", wrong), SECONDS),
+    ("claim", "context"): (lambda store, wrong: store.claim("kept", 0, context=wrong), CONTEXT),
+    ("claim_many", "limit"): (lambda store, wrong: store.claim_many("kept", wrong), AT_LEAST_1),
+    ("consume", "context"): (lambda store, wrong: store.consume("kept", context=wrong), CONTEXT),
+    ("ack_many", "deliveries"): (lambda store, wrong: store.ack_many(wrong), DELIVERIES),
+    ("requeue", "key"): (lambda store, wrong: store.requeue(wrong), KEY),
+    ("space", "dumps"): (lambda store, wrong: store.space(dumps=wrong), CALLABLE),
+    ("space", "loads"): (lambda store, wrong: store.space(loads=wrong), CALLABLE),
     ("push_many", "key"): (lambda store, wrong: store.push_many(wrong, [b"x"]), KEY),
     ("push_many", "payloads"): (lambda store, wrong: store.push_many("kept", wrong), PAYLOADS),
     ("pull", "key"): (lambda store, wrong: store.pull(wrong, 0), KEY),
@@ -279,7 +361,7 @@ OPEN = {
         ("\ud800", ValueError, "'\\ud800'"),
     ],
 }
-WITHOUT_ARGUMENTS = {"keys", "stats", "compact", "close"}
+WITHOUT_ARGUMENTS = {"keys", "stats", "compact", "close", "transaction"}
 
 
 @pytest.fixture(scope="module")
@@ -639,6 +721,15 @@ CALLS = {
     "wait_empty": lambda store: store.wait_empty("none", 0),
     "put": lambda store: store.put("kept", b"x"),
     "clear": lambda store: store.clear("kept"),
+    "push with options": lambda store: store.push("kept", b"x", dedupe="d", max_len=9, ttl=5),
+    "claim": lambda store: store.claim("kept", 0),
+    "claim for ever": lambda store: store.claim("kept", ordered=True),
+    "claimp": lambda store: store.claimp("kept"),
+    "claim_many": lambda store: store.claim_many("kept", 1),
+    "ack_many": lambda store: store.ack_many([]),
+    "requeue": lambda store: store.requeue("kept"),
+    "transaction": lambda store: store.transaction().__enter__(),
+    "space": lambda store: store.space().inp("kept"),
     "get": lambda store: store.get("kept", 1),
     "remove": lambda store: store.remove("kept", 1),
     "keys": lambda store: store.keys(),
@@ -654,11 +745,12 @@ def test_every_verb_of_a_closed_store_raises_closed_error_and_touches_nothing(tm
     """Even if entries remain; only close is idempotent. A wrong argument is misuse all the same."""
     assert {name.split(" ", maxsplit=1)[0] for name in CALLS} == (
         {verb for verb, _ in VERBS} | WITHOUT_ARGUMENTS
-    ) - {"close"}
+    ) - {"close", "consume"}  # these two end, and raise nothing
     store = sqlspace.open(tmp_path / "queue.db")
     store.push("kept", b"x")
     store.close()
     store.close()
+    assert list(store.consume("kept")) == []
     whole = (tmp_path / "queue.db").read_bytes()
     for name, call in CALLS.items():
         with pytest.raises(sqlspace.ClosedError) as caught:

@@ -142,6 +142,14 @@ class Steps:
         return self.steps
 
 
+def in_transaction(store):
+    with store.transaction() as together:
+        together.push("mine", b"x", dedupe="b")
+        together.pullp("mine")
+        together.peek("mine")
+        together.len("mine")
+
+
 CALLS = {
     "push": lambda store: store.push("mine", b"x"),
     "push_many": lambda store: store.push_many("mine", [b"x", b"y"]),
@@ -157,7 +165,23 @@ CALLS = {
     "get": lambda store: store.get("mine", 1),
     "entries": lambda store: list(store.entries("mine")),
     "remove": lambda store: store.remove("mine", 4),
-    "put": lambda store: store.put("mine", b"x"),
+    "claim and ack": lambda store: store.claim("mine", 0).ack(),
+    "claim and nack": lambda store: store.claimp(["none", "mine"]).nack(),
+    "claim and nack later": lambda store: store.claimp("mine").nack(1000),
+    "claim for the last time": lambda store: store.claimp("mine", max_attempts=1).nack(),
+    "claim in order": lambda store: store.claimp("mine", ordered=True),
+    "claim and extend": lambda store: store.claimp("mine").extend(50),
+    "claim_many and ack_many": lambda store: store.ack_many(store.claim_many("mine", 2)),
+    "requeue": lambda store: store.requeue("mine"),
+    "push with a ttl": lambda store: store.push("mine", b"x", ttl=1000),
+    "push with a delay": lambda store: store.push("mine", b"x", delay=1000),
+    "push with a name": lambda store: store.push("mine", b"x", dedupe="a"),
+    "push of a known name": lambda store: store.push("mine", b"x", dedupe="a"),
+    "push with room": lambda store: store.push("mine", b"x", max_len=1000),
+    "push_many with a ttl": lambda store: store.push_many("mine", [b"x"], ttl=1000),
+    "len of all states": lambda store: store.len("mine"),
+    "transaction": in_transaction,
+    "put": lambda store: store.put("mine", b"x", ttl=1000),
     "clear": lambda store: store.clear("mine"),
 }
 
@@ -167,10 +191,12 @@ def test_no_verb_of_a_key_does_more_work_when_other_keys_and_the_history_grow(tm
     costs = []
     for others in (10, 3000):
         with sqlspace.open(tmp_path / f"{others}.db", sync=False) as store:
-            store.push_many("mine", [b"%d" % number for number in range(12)])
+            store.push_many("mine", [b"%d" % number for number in range(30)])
             for name in ("lower", "much", "upper"):
                 store.push_many(name, [b"x"] * others * 2)
                 assert len(store.pull_many(name, others)) == others
+                store.push_many(name, [b"x"] * others, ttl=9000, delay=5000)
+                assert len(store.claim_many(name, others // 2, max_attempts=1)) == others // 2
             count = Steps(store)
             costs.append(
                 {name: count.of(lambda call=call: call(store)) for name, call in CALLS.items()}

@@ -333,11 +333,16 @@ def test_a_backup_is_a_store_of_its_own(store, tmp_path):
 def test_a_closed_store_refuses_every_verb_and_closes_again(path):
     """Even though entries remain."""
     store = sqlspace.open(path)
-    store.push("a", b"1")
+    store.push_many("a", [b"1", b"2"])
+    claimed = store.claim("a")
     store.close()
     store.close()
+    assert list(store.consume("a")) == []  # which is how it ends
     for call in (
         lambda: store.push("a", b"1"),
+        lambda: store.push("a", b"1", ttl=5, delay=1),
+        lambda: store.push("a", b"1", dedupe="d"),
+        lambda: store.push("a", b"1", max_len=5),
         lambda: store.push_many("a", [b"1"]),
         lambda: store.push_many("a", []),
         lambda: store.put("a", b"1"),
@@ -348,6 +353,17 @@ def test_a_closed_store_refuses_every_verb_and_closes_again(path):
         lambda: store.pull_many("a", 1),
         lambda: store.remove("a", 1),
         lambda: store.clear("a"),
+        lambda: store.claim("a", 0),
+        lambda: store.claim("a", ordered=True),
+        lambda: store.claimp("a"),
+        lambda: store.claim_many("a", 1),
+        claimed.ack,
+        claimed.nack,
+        lambda: claimed.extend(5),
+        lambda: store.ack_many([claimed]),
+        lambda: store.requeue("a"),
+        lambda: store.transaction().__enter__(),
+        lambda: store.space().inp("a"),
         lambda: store.wait("a"),
         lambda: store.wait_empty("a"),
         lambda: store.peek("a"),
