@@ -357,6 +357,7 @@ class Renewals:
 
     def _renew(self, batch: list[Delivery]) -> None:
         lost: set[Delivery] = set()
+        grants = {delivery: delivery._grant for delivery in batch}  # noqa: SLF001
 
         def step(connection: Connection) -> Iterable[str]:
             for delivery in batch:
@@ -369,7 +370,12 @@ class Renewals:
                     lost.add(delivery)
             return ()
 
-        self.database.transact(step)
+        try:
+            self.database.transact(step)
+        except BaseException:
+            for delivery, grant in grants.items():
+                delivery._grant = grant  # noqa: SLF001
+            raise
         with self._lock:
             self._reschedule_all(batch, lost)
 

@@ -380,6 +380,7 @@ class Grant(NamedTuple):
     token: bytes
     micros: int
     deadline: int
+    max_attempts: int | None
 
     @property
     def since(self) -> int:
@@ -494,10 +495,10 @@ def take_all(connection: Connection, seqs: Sequence[int], now: int, state: int =
     connection.executemany(ENTOMB, rows)
 
 
-def lease(done: list[Any], connection: Connection, grant: Grant, max_attempts: int | None) -> None:
+def lease(done: list[Any], connection: Connection, grant: Grant) -> None:
     """Lease its head, if it still is one; `connection.changes()` tells."""
     head = grant.head
-    row = (grant.since, head.key, head.seq, grant.micros, grant.token, max_attempts)
+    row = (grant.since, head.key, head.seq, grant.micros, grant.token, grant.max_attempts)
     run(done, connection, LEASE, (*row, head.attempts))
 
 
@@ -506,10 +507,12 @@ def lease_all(
 ) -> list[Grant]:
     """Lease several entries."""
     deadline = now + wanted.micros
-    grants = [Grant(head, os.urandom(16), wanted.micros, deadline) for head in found]
+    grants = [
+        Grant(head, os.urandom(16), wanted.micros, deadline, wanted.max_attempts) for head in found
+    ]
     connection.executemany(
         LEASE_ONE_OF_MANY,
-        [(now, grant.head.seq, grant.micros, grant.token, wanted.max_attempts) for grant in grants],
+        [(now, grant.head.seq, grant.micros, grant.token, grant.max_attempts) for grant in grants],
     )
     return grants
 
@@ -531,7 +534,7 @@ def ack(done: list[Any], connection: Connection, seq: int, token: bytes, now: in
 def unack(connection: Connection, grant: Grant) -> None:
     """Undo an ack."""
     head = grant.head
-    row = (*head[:6], head.attempts + 1, head.max_attempts)
+    row = (*head[:6], head.attempts + 1, grant.max_attempts)
     connection.execute(UNACK, (*row, grant.deadline, grant.micros, grant.token))
 
 
@@ -596,18 +599,42 @@ def catch_up(
 
 
 def _release(connection: Connection, key: str, now: int, limit: int) -> int:
-    """Have what has come due stand ready; how many."""
-    over: list[Any] = connection.execute(SELECT_OVER, (now, key, limit)).fetchall()
-    if len(over) == limit:  # there may be more, that stand before those in the queue
-        for state in (1, 2):
-            rows: Any = connection.execute(SELECT_FIRST_HELD, (now, key, limit, state))
-            over += [row[:2] for row in rows.fetchall() if row[2]]
-    over += connection.execute(SELECT_STUCK, (now, key, limit)).fetchall()
-    found = dict(over)  # a row may be found twice
-    connection.executemany(RELEASE, [(seq,) for seq in found])
-    if lapsed := sum(found.values()):
+    """Have what has come due stand ready, the first in the queue first; how many."""
+    over = _all_over(connection, key, now, limit + 1)
+    if len(over) > limit:
+        over = _first_over(connection, key, now, limit)
+    connection.executemany(RELEASE, [(seq,) for seq in over])
+    if lapsed := sum(over.values()):
         log.warning("%d leases under %a ran out; their entries are ready again", lapsed, key)
-    return len(found)
+    return len(over)
+
+
+def _all_over(connection: Connection, key: str, now: int, limit: int) -> dict[int, int]:
+    """What has come due, by either clock, and whether it was leased; `limit` of each at most."""
+    rows: list[Any] = []
+    for sql in (SELECT_OVER, SELECT_STUCK):
+        rows += connection.execute(sql, (now, key, limit)).fetchall()
+    return dict(rows)
+
+
+def _first_over(connection: Connection, key: str, now: int, limit: int) -> dict[int, int]:
+    """Of what has come due, the `limit` lowest seqs.
+
+    Mostly they are the first of all that is held. If others are held among those, all that is due
+    is looked at, since no index has it in the order of its seqs.
+    """
+    found: dict[int, int] = {}
+    known = NO_SEQ  # up to which all that is held was seen
+    for state in (1, 2):
+        rows: list[Any] = connection.execute(SELECT_FIRST_HELD, (now, key, limit, state)).fetchall()
+        found.update({seq: leased for seq, leased, over in rows if over})
+        if len(rows) == limit:
+            known = min(known, rows[-1][0])
+    first = sorted(seq for seq in found if seq <= known)[:limit]
+    if len(first) < limit:
+        found = _all_over(connection, key, now, NO_SEQ)
+        first = heapq.nsmallest(limit, found)
+    return {seq: found[seq] for seq in first}
 
 
 def has_expired(connection: Connection, now: int) -> bool:

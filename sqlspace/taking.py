@@ -220,11 +220,13 @@ class Claim(Grab, Generic[D]):
         super()._get(connection)
 
     def _mark(self, connection: Connection) -> None:
-        micros = self._wanted.micros
+        wanted = self._wanted
         # The wait for the turn to write is no part of the lease.
-        self._grant = Grant(self.head, os.urandom(16), micros, clock.now() + micros)
+        deadline = clock.now() + wanted.micros
+        token = os.urandom(16)
+        self._grant = Grant(self.head, token, wanted.micros, deadline, wanted.max_attempts)
         self.delivery = self._deliver(self._grant)
-        entries.lease(self._done, connection, self._grant, self._wanted.max_attempts)
+        entries.lease(self._done, connection, self._grant)
 
     def _rings(self, key: str) -> tuple[str, ...]:  # noqa: ARG002  # nothing has left
         return ()
