@@ -90,10 +90,19 @@ class Grab:
                 return True
             if found and not self._is_barred(connection, found[0]):
                 if self._accept is not None:
-                    self._accept(found[0])
+                    self._ask(self._accept, connection, found[0])
                 self.head = found[0]
                 return True
         return False
+
+    def _ask(self, accept: Callable[[Head], None], connection: Connection, head: Head) -> None:
+        """Let the caller refuse the head; it must find it where we did, moved if it had died."""
+        try:
+            accept(head)
+        except Exception:
+            if connection.in_transaction:
+                connection.execute("COMMIT")
+            raise
 
     def _is_barred(self, connection: Connection, head: Head) -> bool:  # noqa: ARG002
         """Whether it may not be taken, though it is ready."""
