@@ -98,10 +98,19 @@ class Grab:
                 head = next(iter(entries.heads(connection, key, now, 1)), None)
             if head is not None and not self._is_barred(connection, head):
                 if self._accept is not None:
-                    self._accept(head)
+                    self._ask(self._accept, connection, head)
                 self.head = head
                 return True
         return False
+
+    def _ask(self, accept: Callable[[Head], None], connection: Connection, head: Head) -> None:
+        """Let the caller refuse the head; it must find it where we did, moved if it had died."""
+        try:
+            accept(head)
+        except Exception:
+            if connection.in_transaction:
+                connection.execute("COMMIT")
+            raise
 
     def _is_barred(self, connection: Connection, head: Head) -> bool:  # noqa: ARG002
         """Whether it may not be taken, though it is ready."""

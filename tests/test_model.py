@@ -278,8 +278,9 @@ class Machine(RuleBasedStateMachine):
         assert [to.pullp(key)] == (self.model.pull(key) or [None])
 
     def do_pull_one_by_one(self, to, key, number):
-        for _ in range(min(number, len(self.model.ready(key)))):
+        while number and self.model.ready(key, 1):
             self.do_pullp(to, key)
+            number -= 1
 
     def do_remove(self, to, key, index, from_end):
         """An entry that is there, in whatever state; or one that isn't."""
@@ -295,7 +296,7 @@ class Machine(RuleBasedStateMachine):
         assert to.clear(key) == self.model.clear(key)
 
     def do_peek(self, to, key):
-        ready = self.model.ready(key)
+        ready = self.model.ready(key, 1)
         assert to.peek(key) == (ready[0].payload if ready else None)
 
     def do_len(self, to, key):
@@ -326,7 +327,7 @@ class Machine(RuleBasedStateMachine):
         """Or pull_any; both look once."""
         each = [listed] if isinstance(listed, str) else listed
         store = self.store(name, *each)
-        ready = next((key for key in each if self.model.ready(key)), None)
+        ready = next((key for key in each if self.model.ready(key, 1)), None)
         with refused(by=sqlspace.DeadlineError, unless=ready):
             if isinstance(listed, str):
                 found = (listed, store.pull(listed, timeout=0))
@@ -390,7 +391,7 @@ class Machine(RuleBasedStateMachine):
         heads = []
         for key in each:
             if len(heads) < limit:
-                heads += self.model.ready(key)[: limit - len(heads)]
+                heads += self.model.ready(key, limit - len(heads))
         found = store.claim_many(listed, limit, lease=seconds(lease), max_attempts=max_attempts)
         for delivery, head in zip(found, heads, strict=True):
             self.delivered(delivery, name, store, head, lease, max_attempts)
@@ -543,7 +544,7 @@ class Machine(RuleBasedStateMachine):
         """Decoded first, then taken; what can't be decoded goes to the dead letters, once taken."""
         space = self.store(name, key).space()
         absent = object()
-        ready = self.model.ready(key)
+        ready = self.model.ready(key, 1)
         taking, waiting = verb in {"in_", "inp"}, verb in {"in_", "rd"}
         try:
             expected = json.loads(ready[0].payload.decode()) if ready else absent

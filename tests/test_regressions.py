@@ -72,6 +72,16 @@ def test_what_the_codec_cannot_read_is_buried_also_when_it_has_just_come_due(sto
     assert space.inp("a") == 2
 
 
+def test_a_dead_letter_that_cannot_be_read_is_where_the_error_says(store, clock):
+    """Also if the very look that finds it has moved it there."""
+    store.push("a", b"{")
+    kill(store, clock, "a")
+    with pytest.raises(sqlspace.DecodeError) as caught:
+        store.space().inp("a/dead")
+    assert [stone.seq for stone in store.history("a/dead")] == [caught.value.seq]
+    assert [entry.payload for entry in store.entries("a/dead/dead")] == [b"{"]
+
+
 def test_what_has_expired_holds_up_no_ordered_claim(store, clock):
     """An entry that a nack holds back blocks the others for as long as it lives, no longer."""
     store.push("a", b"1", ttl=5)

@@ -152,9 +152,17 @@ class Model:
         live = sum(entry.is_live(self.now) for entry in self.queues[key])
         return live + len(self.dying(key))
 
-    def ready(self, key):
-        """What can be taken, in order."""
-        return [entry for entry in self.live(key) if entry.state(self.now) == "ready"]
+    def ready(self, key, number=None):
+        """The first that can be taken, in order; all if None.
+
+        Dead letters that haven't moved yet come last, so whoever finds enough before them may leave
+        them where they are.
+        """
+        found = [entry for entry in self.queues[key] if entry.state(self.now) == "ready"]
+        if self.dying(key) and (number is None or len(found) < number):
+            self.visit(key)
+            return self.ready(key, number)
+        return found[:number]
 
     def dying(self, key):
         """What is dead and not moved yet, of those that will stand under `key`."""
@@ -190,8 +198,9 @@ class Model:
             if entry.dedupe == dedupe:
                 if entry.is_live(self.now):
                     return {entry.seq}
-                # It becomes a tombstone now, together with all others that have come to their end.
-                gone = sum(not each.is_live(self.now) for each in self.all())
+                # It is a tombstone, or becomes one now, together with all others that have come to
+                # their end; some that were taken in this transaction may have come after it.
+                gone = sum(not each.is_live(self.now) for each in self.all()) + self.fresh
                 if self.limit == 0:
                     return {None}
                 return {entry.seq} if self.limit >= gone else {entry.seq, None}
@@ -229,7 +238,7 @@ class Model:
 
     def pull(self, key, number=1):
         """The payloads."""
-        found = self.ready(key)[:number]
+        found = self.ready(key, number)
         for entry in found:
             self.bury(entry, "taken")
         return [entry.payload for entry in found]
@@ -255,7 +264,7 @@ class Model:
 
     def claimable(self, key, ordered):
         """The head, unless the claim is an ordered one, and an earlier entry is still under way."""
-        ready = self.ready(key)
+        ready = self.ready(key, 1)
         if not ready:
             return None
         for entry in self.queues[key]:
