@@ -370,7 +370,7 @@ def test_the_watch_misses_nothing_that_comes_due_while_it_looks(store, monkeypat
 
     def later():
         calls.append(None)
-        return real() + 400_000_000 * (len(calls) - 1)
+        return real() + 600_000_000 * (len(calls) - 1)
 
     monkeypatch.setattr(clock, "now", later)
     tokens, ahead = browsing.stirring(store._database, [token], True)
@@ -528,10 +528,9 @@ def test_a_pusher_that_stands_still_keeps_no_other_out(store, path, child):
     stopped.finish()
 
 
-def test_the_pusher_with_the_greatest_limit_is_let_in_first(store, monkeypatch):
+@pytest.mark.usefixtures("_only_timers")
+def test_the_pusher_with_the_greatest_limit_is_let_in_first(store):
     """There may be room for it, and for none else; then the ring is of use to it alone."""
-    monkeypatch.setattr(waiting, "LOOK_AGAIN_SECONDS", 1000.0)
-    monkeypatch.setattr(doorbell, "_LOOK_FIRST_SECONDS", 1e9)
     store.push_many("k", [b"x"] * 10)
     contexts = [sqlspace.Context() for _ in range(2)]
 
@@ -539,18 +538,22 @@ def test_the_pusher_with_the_greatest_limit_is_let_in_first(store, monkeypatch):
         with pytest.raises(sqlspace.CanceledError):
             store.push("k", b"small", max_len=5, context=context)
 
-    joins = [in_thread(lambda: small(contexts[0]))]
+    watcher = in_thread(lambda: store.pull("watched", PATIENCE_SECONDS))  # its heir would look too
     parked(1)
-    great = in_thread(lambda: store.push("k", b"great", max_len=10, timeout=PATIENCE_SECONDS))
+    joins = [in_thread(lambda: small(contexts[0]))]
     parked(2)
-    joins.append(in_thread(lambda: small(contexts[1])))
+    great = in_thread(lambda: store.push("k", b"great", max_len=10, timeout=PATIENCE_SECONDS))
     parked(3)
+    joins.append(in_thread(lambda: small(contexts[1])))
+    parked(4)
     store.pull("k")
     great()
     for context in contexts:
         context.cancel()
     for join in joins:
         join()
+    store.push("watched", b"x")
+    assert watcher() == b"x"
     assert store.len("k") == 10
 
 
