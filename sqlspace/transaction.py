@@ -24,7 +24,7 @@ from .arguments import (
     check_ttl_micros,
     kind,
 )
-from .connection import Connection
+from .connection import Connection, run
 from .database import Database
 from .delivery import Delivery
 from .doorbell import room_token
@@ -278,6 +278,7 @@ class Transaction:
         self._database.ensure_usable()
         connection = self._connection
         rings, settled = len(self._rings), len(self._settled)
+        done: list[Any] = []  # not empty once the verb is, whatever interrupts come then
         try:
             if not connection.in_transaction:
                 raise StoreError(
@@ -286,8 +287,10 @@ class Transaction:
                 )
             connection.execute("SAVEPOINT sqlspace")
             result = step(connection)
-            connection.execute("RELEASE sqlspace")
+            run(done, connection, "RELEASE sqlspace", ())
         except BaseException as error:
+            if done:
+                raise
             del self._rings[rings:]
             for delivery in list(self._settled)[settled:]:
                 del self._settled[delivery]
