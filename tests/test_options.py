@@ -11,6 +11,7 @@ from clocks import YEAR_SECONDS, install
 import sqlspace
 from sqlspace import CanceledError, DeadlineError, LeaseError, entries
 from sqlspace.doorbell import room_token
+from sqlspace.waiting import LOOK_AGAIN_SECONDS
 
 
 @pytest.fixture
@@ -484,6 +485,12 @@ def test_max_len_counts_what_len_counts(store, clock):
     assert store.len("k") == 3
 
 
+def transact_ack(store):
+    claimed = store.claim("k")
+    with store.transaction() as transaction:
+        transaction.ack(claimed)
+
+
 ROOM = {
     "pull": lambda store: store.pull("k"),
     "pullp": lambda store: store.pullp("k"),
@@ -496,6 +503,9 @@ ROOM = {
     "clear": lambda store: store.clear("k"),
     "remove": lambda store: store.remove("k", 1),
     "transaction": lambda store: together(store, "pullp"),
+    "transaction's clear": lambda store: together(store, "clear"),
+    "transaction's remove": lambda store: together(store, "remove", 1),
+    "transaction's ack": transact_ack,
     "space": lambda store: store.space(loads=bytes).inp("k"),
 }
 
@@ -512,7 +522,8 @@ def test_a_push_that_waits_is_woken_by_whatever_makes_room(store, make):
     thread.start()
     awaited(store)
     make(store)
-    thread.join()
+    thread.join(LOOK_AGAIN_SECONDS / 2)  # sooner than it would look by itself
+    assert not thread.is_alive()
     assert [entry.seq for entry in store.entries("k")] == seqs
 
 
