@@ -11,7 +11,7 @@ from children import eventually
 from clocks import install
 
 import sqlspace
-from sqlspace import DeadlineError, LeaseError, delivery, entries
+from sqlspace import DeadlineError, LeaseError, entries
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def path(tmp_path):
 def store(path):
     with sqlspace.open(path, sync=False) as opened:
         yield opened
-    assert [thread.name for thread in threading.enumerate() if "sqlspace" in thread.name] == []
+    no_thread_is_left()
 
 
 @pytest.fixture
@@ -415,33 +415,26 @@ def test_a_delivery_of_another_store_is_refused(store, tmp_path):
     assert states(store) == [(b"1", "leased")]
 
 
-def test_a_settling_that_comes_second_leaves_the_first_as_it_is(store, monkeypatch):
+def test_a_settling_that_comes_second_leaves_the_first_as_it_is(store):
     """Two threads settle one delivery: the later one gets LeaseError, and changes nothing."""
     store.push("k", b"1")
-    claimed = store.claim("k")
-    inside, go_on = threading.Event(), threading.Event()
-    ensure, errors = delivery.Delivery._ensure_unsettled, []
-
-    def ensure_slowly(self):
-        ensure(self)
-        if threading.current_thread() is second and not inside.is_set():
-            inside.set()
-            go_on.wait(60)
+    errors = []
 
     def nack():
-        with pytest.raises(LeaseError):
+        try:
             claimed.nack()
-        errors.append("seen")
+        except LeaseError as error:
+            errors.append(str(error))
 
     second = threading.Thread(target=nack)
-    monkeypatch.setattr(delivery.Delivery, "_ensure_unsettled", ensure_slowly)
-    with claimed:
-        second.start()
-        inside.wait(60)
-        claimed.ack()
-        go_on.set()
+    with store.claim("k") as claimed:
+        with store.transaction() as together:
+            second.start()  # and waits, if it gets so far, for this one's end
+            together.ack(claimed)
         second.join()
-    assert errors == ["seen"]
+        assert repr(claimed).startswith("<settled")
+    assert len(errors) == 1
+    assert "settled already" in errors[0]
     assert outcomes(store) == [(claimed.seq, "acked")]
 
 
@@ -681,7 +674,7 @@ def test_a_store_that_is_forgotten_lives_as_long_as_its_deliveries(path):
     """Who works on an entry needs no store to ack it; afterwards the store warns as always."""
     store = sqlspace.open(path, sync=False)
     store.push("k", b"1")
-    claimed = store.claim("k")
+    claimed = store.claim("k", lease=1.0)  # the thread comes round soon, and ends
     del store
     gc.collect()
     with claimed:
