@@ -3,7 +3,7 @@
 All of it runs on the connection for browsing, and what is handed out lazily is read in batches: a
 read transaction that stays open would keep the -wal from being used again.
 
-What the clock says counts, whether or not it has been carried out (see `entries`). Only of the dead
+What the clock says counts, whether or not it has been carried out (see `ageing`). Only of the dead
 letters that must come into being the seq isn't known yet, so whoever looks at dead letters has them
 moved first.
 """
@@ -16,14 +16,14 @@ import logging
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
-from . import clock, entries, upkeep
+from . import clock, dead_letters, entries, rules, upkeep
 from .arguments import nameable
 from .connection import Connection
 from .database import Database
 from .doorbell import limit_of, room_token, turn_token, waited_key
-from .entries import DEAD, HELD, LAST, LAST_LEASE, LEASED, LIVE, UNEXPIRED
 from .errors import BusyError, CorruptError, FullError
 from .records import Entry, KeyStats, Stats, Tombstone
+from .rules import DEAD, HELD, LAST, LAST_LEASE, LEASED, LIVE, UNEXPIRED
 
 __all__ = [
     "count",
@@ -55,10 +55,10 @@ SELECT EXISTS (SELECT 1 FROM sqlspace_entries INDEXED BY sqlspace_entries_live
 SELECT_DEAD = f"""
 SELECT EXISTS (SELECT 1 FROM sqlspace_entries INDEXED BY sqlspace_entries_last
                 WHERE deadline <= ?1 AND {LAST_LEASE}
-                  AND key = ?2 AND {entries.DIED_FIRST})
+                  AND key = ?2 AND {rules.DIED_FIRST})
     OR EXISTS (SELECT 1 FROM sqlspace_entries INDEXED BY sqlspace_entries_last_since
                 WHERE since_at > ?1 AND {LAST_LEASE}
-                  AND key = ?2 AND {entries.DIED_FIRST})
+                  AND key = ?2 AND {rules.DIED_FIRST})
 """
 SELECT_LIVE = f"""
 SELECT 1 FROM sqlspace_entries INDEXED BY sqlspace_entries_live
@@ -66,7 +66,7 @@ SELECT 1 FROM sqlspace_entries INDEXED BY sqlspace_entries_live
 """
 # The first of what stands ready, of what has come due, and of what a clock that has jumped back
 # would hold.
-_NONE = entries.NO_SEQ
+_NONE = rules.NO_SEQ
 SELECT_FIRST = f"""
 SELECT nullif(min(
   ifnull((SELECT seq FROM sqlspace_entries INDEXED BY sqlspace_entries_live
@@ -262,9 +262,9 @@ def settle(database: Database, key: str = DEAD) -> None:
     """
     if not key.endswith(DEAD):
         return
-    while database.read(entries.SELECT_LAST_OVER, (clock.now(),))[0][0]:
+    while database.browse(lambda connection: dead_letters.has_died(connection, clock.now())):
         try:
-            database.transact(lambda connection: entries.bury(connection, clock.now()))
+            database.transact(lambda connection: dead_letters.bury(connection, clock.now()))
         except (BusyError, FullError) as error:
             log.warning("%s: dead letters could not be moved: %s", database.options.path, error)
             return

@@ -20,9 +20,9 @@ import apsw
 
 from . import clock, connection, schema
 from .arguments import nameable
-from .entries import DEAD, DIED_FIRST, LAST_LEASE, LIVE, OVER
 from .errors import StoreError
 from .mounts import network_file_system
+from .rules import DEAD, DIED_FIRST, LAST_LEASE, LIVE, OVER
 from .store import Store, open_existing
 
 __all__ = ["Finding", "look"]

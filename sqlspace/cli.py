@@ -17,7 +17,7 @@ from typing import Any
 
 import click
 
-from . import entries, looking, options, running, terminal
+from . import dead_letters, looking, options, rules, running, terminal
 from .arguments import ROW_BYTES, check_headers, check_size
 from .errors import DeadlineError, SpaceError
 from .pushing import Batch
@@ -328,7 +328,7 @@ def dead(
         raise click.UsageError("--requeue moves all, and goes with neither --drop nor --seq")
     if as_json and (requeue or drop):
         raise click.UsageError("--json lists, and goes with neither --requeue nor --drop")
-    under = entries.dead_key(key)
+    under = rules.dead_key(key)
     if under is None:
         raise click.UsageError("KEY is too long to have dead letters")
     with open_existing(database, history=None, **opening) as store:
@@ -360,10 +360,10 @@ def _list_dead(letters: Iterable[Entry], *, as_json: bool) -> None:
             terminal.write_entry(letter)
             continue
         told = letter.headers.get  # nothing of it, if somebody pushed it here
-        origin = f"{told(entries.ORIGIN_KEY, '-')} {told(entries.ORIGIN_SEQ, '-')}"
+        origin = f"{told(dead_letters.ORIGIN_KEY, '-')} {told(dead_letters.ORIGIN_SEQ, '-')}"
         died = terminal.moment(letter.pushed_at)
-        columns = [str(letter.seq), origin, told(entries.ORIGIN_ATTEMPTS, "-"), died]
-        columns += [told(entries.ORIGIN_REASON, "-"), terminal.shortened(letter.payload)]
+        columns = [str(letter.seq), origin, told(dead_letters.ORIGIN_ATTEMPTS, "-"), died]
+        columns += [told(dead_letters.ORIGIN_REASON, "-"), terminal.shortened(letter.payload)]
         terminal.write_line("\t".join(map(terminal.printable, columns)))
     if not found:
         raise DeadlineError

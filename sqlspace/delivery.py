@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from . import clock, entries, taking, upkeep
+from . import clock, dead_letters, entries, taking, upkeep
 from .arguments import check_delay_micros, check_lease_micros, kind
 from .connection import Connection
 from .database import Database
@@ -58,7 +58,7 @@ class Delivery:
         self.key = head.key
         self.seq = head.seq
         self.payload = head.payload
-        self.headers = entries.readable_headers(head.headers)
+        self.headers = dead_letters.readable_headers(head.headers)
         self.attempts = head.attempts + 1
         self._store = store  # which must not be closed as forgotten while a delivery is at work
         self._database = renewals.database

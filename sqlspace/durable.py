@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from . import browsing, clock, entries, taking
+from . import browsing, clock, dead_letters, rules, taking
 from .arguments import check_key, check_payload
 from .connection import Connection
 from .database import Database
@@ -174,13 +174,13 @@ class DurableSpace:
 
     def _bury(self, head: Head) -> DecodeError:
         """Move what can't be read to the dead letters, if it still is there; the error to raise."""
-        where = entries.dead_key(head.key)
+        where = rules.dead_key(head.key)
         if where is None:
             return self._unreadable(head.key, head.seq, head.payload, "it stays")
         key, seq = head.key, head.seq
 
         def step(connection: Connection) -> Iterable[str]:
-            return entries.bury_unreadable(connection, head, clock.now())
+            return dead_letters.bury_unreadable(connection, head.seq, clock.now())
 
         self._database.transact(step)
         return self._unreadable(key, seq, head.payload, f"it is under {where!a} now")

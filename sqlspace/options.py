@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from . import entries, running
+from . import rules, running
 from .arguments import check_delay_micros, check_key, check_lease_micros, check_timeout, check_ttl
 from .store import open_existing
 
@@ -247,7 +247,7 @@ def leasing(command: Callable[..., None]) -> Callable[..., None]:
             if len(argv) > click.get_current_context().meta["sqlspace.dashes"]:
                 raise click.UsageError("COMMAND stands after --")
             running.check_program(argv[0])
-            if max_attempts is not None and entries.dead_key(key) is None:
+            if max_attempts is not None and rules.dead_key(key) is None:
                 raise click.UsageError("--max-attempts needs a shorter KEY, for its KEY/dead")
             retry_delay = 1.0 if retry_delay is None else retry_delay
             terms = running.Terms(lease, max_attempts, ordered, retry_delay)

@@ -7,7 +7,7 @@ nothing.
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from . import clock, entries, taking, upkeep
+from . import ageing, clock, entries, taking, upkeep
 from .arguments import (
     check_delay_micros,
     check_headers,
@@ -152,7 +152,7 @@ def _push_together(database: Database, wanted: Push) -> tuple[int | None, bool]:
         nonlocal seq, new
         seq, new = wanted.add(connection, database.history())
         if new:
-            return (wanted.key, *entries.expire(connection, clock.now()))
+            return (wanted.key, *ageing.expire(connection, clock.now()))
         if seq is not None and database.options.sync:
             # What another store pushed without sync may not be on the disk yet.
             database.touch(connection)
@@ -227,7 +227,7 @@ def push_many(database: Database, wanted: Batch) -> list[int]:
 
     def step(connection: Connection) -> Iterable[str]:
         seqs[:] = wanted.add(connection)
-        return (wanted.key, *entries.expire(connection, clock.now()))
+        return (wanted.key, *ageing.expire(connection, clock.now()))
 
     def undo(connection: Connection) -> None:
         for seq in reversed(seqs):

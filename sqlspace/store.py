@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Any, Self
 
-from . import browsing, clock, delivery, entries, opening, pushing, taking, upkeep
+from . import ageing, browsing, clock, delivery, entries, opening, pushing, rules, taking, upkeep
 from .arguments import (
     check_callable,
     check_flag,
@@ -249,7 +249,7 @@ class Store:
         Raises:
             ClosedError, StoreError: as `put`.
         """
-        key, seq = check_key(key), min(check_int(seq, "seq", 1), entries.NO_SEQ)
+        key, seq = check_key(key), min(check_int(seq, "seq", 1), rules.NO_SEQ)
         removed = False
 
         def step(connection: Connection) -> Iterable[str]:
@@ -416,14 +416,14 @@ class Store:
         """
         key = check_key(key)
         total = 0
-        moved = entries.BATCH_ROWS
+        moved = ageing.BATCH_ROWS
 
         def step(connection: Connection) -> Iterable[str]:
             nonlocal moved
-            moved, rings = entries.requeue(connection, key, clock.now(), entries.BATCH_ROWS)
+            moved, rings = entries.requeue(connection, key, clock.now(), ageing.BATCH_ROWS)
             return rings
 
-        while moved == entries.BATCH_ROWS:
+        while moved == ageing.BATCH_ROWS:
             self._database.transact(step)
             total += moved
         return total
@@ -501,7 +501,7 @@ class Store:
             key: Of the entry.
             seq: As `push` returned it.
         """
-        key, seq = check_key(key), min(check_int(seq, "seq", 1), entries.NO_SEQ)
+        key, seq = check_key(key), min(check_int(seq, "seq", 1), rules.NO_SEQ)
         return browsing.entry(self._database, key, seq)
 
     def entries(self, key: str) -> Iterator[Entry]:
@@ -702,11 +702,11 @@ def _checked_lease(keys: list[str], lease: object, max_attempts: object, ordered
     flag = check_flag(ordered, "ordered")
     if max_attempts is None:
         return Lease(micros, None, flag)
-    attempts = min(check_int(max_attempts, "max_attempts", 1), entries.NO_SEQ)
+    attempts = min(check_int(max_attempts, "max_attempts", 1), rules.NO_SEQ)
     for key in keys:
-        if entries.dead_key(key) is None:
+        if rules.dead_key(key) is None:
             raise ValueError(
-                f"max_attempts needs a key of at most {entries.LONGEST_WITH_DEAD:,} bytes, since "
+                f"max_attempts needs a key of at most {rules.LONGEST_WITH_DEAD:,} bytes, since "
                 f"its dead letters stand under KEY/dead: {key[:20]!a}…"
             )
     return Lease(micros, attempts, flag)

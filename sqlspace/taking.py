@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 
 import apsw
 
-from . import browsing, clock, entries, upkeep
+from . import ageing, browsing, clock, entries, upkeep
 from .connection import Connection
 from .database import Database
 from .doorbell import Doorbell, room_token
@@ -149,7 +149,7 @@ class Grab:
                 if not connection.in_transaction:
                     connection.execute("BEGIN IMMEDIATE")
                     self._now = clock.now()
-                self._tokens += entries.catch_up(connection, self._due, self._now)
+                self._tokens += ageing.catch_up(connection, self._due, self._now)
                 caught.append(self._due)
             else:
                 self._mark(connection)
@@ -259,12 +259,12 @@ def tidy(database: Database, connection: Connection) -> list[str]:
     try:
         upkeep.prune(connection, database.history())
         now = clock.now()
-        if not entries.has_expired(connection, now):
+        if not ageing.has_expired(connection, now):
             return []
         if connection.in_transaction:
-            return entries.expire(connection, now)
+            return ageing.expire(connection, now)
         connection.execute("BEGIN IMMEDIATE")
-        tokens = entries.expire(connection, now)
+        tokens = ageing.expire(connection, now)
         connection.execute("COMMIT")
     except apsw.Error:  # the next one does it
         log.warning("%s: tidying failed", database.options.path, exc_info=True)
@@ -297,7 +297,7 @@ def pull_many(database: Database, key: str, limit: int) -> list[bytes]:
         found[:], tokens = take_up_to(connection, key, limit)
         payloads[:] = [head.payload for head in found]  # here, within reach of undo
         upkeep.prune(connection, database.history(), len(found) + upkeep.PRUNE_ROWS)
-        return [*tokens, *entries.expire(connection, clock.now())]
+        return [*tokens, *ageing.expire(connection, clock.now())]
 
     def undo(connection: Connection) -> None:
         for head in found[len(back) :]:
@@ -312,7 +312,7 @@ def take_up_to(connection: Connection, key: str, limit: int) -> tuple[list[Head]
     now = clock.now()
     tokens = caught_up(connection, key, now, limit)
     found = entries.heads(connection, key, now, limit)
-    entries.take_all(connection, [head.seq for head in found], now)
+    upkeep.entomb(connection, [head.seq for head in found], now)
     return found, [*tokens, room_token(key)]
 
 
@@ -346,9 +346,9 @@ def claim_many(
 
 def caught_up(connection: Connection, key: str, now: int, limit: int) -> list[str]:
     """Carry out what has come due, as far as `limit` entries need it; tokens."""
-    if not entries.due(connection, key, now):
+    if not ageing.is_behind(connection, key, now):
         return []
-    return entries.catch_up(connection, key, now, max(limit, entries.BATCH_ROWS))
+    return ageing.catch_up(connection, key, now, max(limit, ageing.BATCH_ROWS))
 
 
 def any_ready(connection: Connection, keys: Iterable[str]) -> bool:

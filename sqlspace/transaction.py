@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import apsw
 
-from . import browsing, clock, entries, taking
+from . import ageing, browsing, clock, entries, rules, taking
 from .arguments import (
     check_delay_micros,
     check_int,
@@ -197,7 +197,7 @@ class Transaction:
 
     def remove(self, key: str, seq: int) -> bool:
         """As `Store.remove`."""
-        key, seq = check_key(key), min(check_int(seq, "seq", 1), entries.NO_SEQ)
+        key, seq = check_key(key), min(check_int(seq, "seq", 1), rules.NO_SEQ)
 
         def step(connection: Connection) -> bool:
             removed = entries.remove(connection, key, seq, clock.now())
@@ -264,8 +264,8 @@ class Transaction:
 
     def _settle(self, connection: Connection, key: str) -> None:
         """Have the dead moved to where they belong, if they belong under `key`."""
-        if key.endswith(entries.DEAD):
-            self._rings += entries.catch_up(connection, key, clock.now())
+        if key.endswith(rules.DEAD):
+            self._rings += ageing.catch_up(connection, key, clock.now())
 
     # -- how a verb runs
 

@@ -6,7 +6,7 @@ time, and a table of its own.
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from .connection import Connection
@@ -14,7 +14,7 @@ from .database import Database
 from .errors import FullError
 from .records import Compaction
 
-__all__ = ["compact", "erase", "erase_key", "prune"]
+__all__ = ["compact", "entomb", "erase", "erase_key", "prune"]
 
 log = logging.getLogger("sqlspace")
 
@@ -34,6 +34,13 @@ UPDATE sqlspace_entries
    SET key = '', state = 7, payload = NULL, headers = NULL, due_at = NULL, delay = NULL,
        expires_at = NULL, deadline = NULL, lease = NULL, token = NULL, attempts = 0,
        max_attempts = NULL, dedupe = NULL, taken_at = NULL, taken_no = 0
+ WHERE seq = ?
+"""
+# Any entry becomes a tombstone.
+ENTOMB = """
+UPDATE sqlspace_entries
+   SET state = ?, payload = NULL, headers = NULL, due_at = NULL, delay = NULL, deadline = NULL,
+       lease = NULL, taken_at = ?, taken_no = ?
  WHERE seq = ?
 """
 SELECT_LAST_TAKEN = """
@@ -61,6 +68,13 @@ PRUNE_EVERY = 64
 # No prune deletes more, so that no single pull stalls; it catches up fourfold.
 PRUNE_ROWS = 256
 COMPACT_ROWS = 1000
+
+
+def entomb(connection: Connection, seqs: Sequence[int], now: int, state: int = 3) -> None:
+    """Turn entries into tombstones, in this order."""
+    last: Any = connection.execute(SELECT_LAST_TAKEN).get
+    rows = [(state, now, last + number, seq) for number, seq in enumerate(seqs, 1)]
+    connection.executemany(ENTOMB, rows)
 
 
 def erase_key(connection: Connection, key: str) -> None:

@@ -5,7 +5,7 @@ from claims_proof import ACKED, DEAD, FOLLOW, Evidence, Row, Rule, judge
 from claims_storm import run
 
 import sqlspace
-from sqlspace import clock, entries
+from sqlspace import ageing, clock
 
 # -- the proof itself: it counts for something only if a fault would have failed it
 
@@ -421,7 +421,7 @@ def test_what_comes_back_during_a_claim_in_order_is_not_passed_over(tmp_path, mo
         store.push("k", b"2", delay=1.0)
         store.claim("k", 0, lease=10.0)
         now += 2_000_000
-        catch_up = entries.catch_up
+        catch_up = ageing.catch_up
 
         def slow(*words):
             nonlocal now
@@ -429,7 +429,7 @@ def test_what_comes_back_during_a_claim_in_order_is_not_passed_over(tmp_path, mo
             now += 20_000_000
             return tokens
 
-        monkeypatch.setattr(entries, "catch_up", slow)
+        monkeypatch.setattr(ageing, "catch_up", slow)
         delivery = store.claimp("k", ordered=True)
         assert delivery is None or delivery.seq == first
         delivery = delivery or store.claimp("k", ordered=True)

@@ -11,7 +11,7 @@ from children import eventually
 from clocks import install
 
 import sqlspace
-from sqlspace import DeadlineError, LeaseError, entries
+from sqlspace import DeadlineError, LeaseError, ageing, entries
 
 
 @pytest.fixture
@@ -1154,14 +1154,14 @@ def test_an_interrupt_of_the_sweeping_that_follows_a_verb_undoes_the_verb(
         store.push_many("k", [b"x"] * (63 - seqs[-1] % 64))
     clock.go(5)
     before = states(store)
-    expire = entries.expire
+    expire = ageing.expire
 
     def interrupted(*arguments):
         expire(*arguments)
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(entries, "expire", interrupted)
+        patch.setattr(ageing, "expire", interrupted)
         with pytest.raises(KeyboardInterrupt):
             {
                 "pullp": lambda: store.pullp("k"),

@@ -8,7 +8,7 @@ import pytest
 from children import PATIENCE_SECONDS, eventually, parked
 
 import sqlspace
-from sqlspace import browsing, clock, doorbell, entries, waiting
+from sqlspace import browsing, clock, dead_letters, doorbell, waiting
 from sqlspace.doorbell import Doorbell, limit_token, room_token, turn_token
 from sqlspace.marks import Marks
 from sqlspace.waiting import Waiter
@@ -314,13 +314,13 @@ def test_a_dead_letter_is_found_behind_a_crowd_of_others(store, monkeypatch):
     """However many have died under other keys, and before: what a key's reader needs is moved."""
     now = clock.now()
     monkeypatch.setattr(clock, "now", lambda: now)
-    store.push_many("other", [b"x"] * 3 * entries.BURY_ROWS)
-    store.claim_many("other", 3 * entries.BURY_ROWS, lease=1.0, max_attempts=1)
+    store.push_many("other", [b"x"] * 3 * dead_letters.BURY_ROWS)
+    store.claim_many("other", 3 * dead_letters.BURY_ROWS, lease=1.0, max_attempts=1)
     store.push("k", b"payload")
     store.claim("k", 0, lease=2.0, max_attempts=1)
     now += 10_000_000
     assert store.pullp("k/dead") == b"payload"
-    assert store.len("other/dead") == 3 * entries.BURY_ROWS
+    assert store.len("other/dead") == 3 * dead_letters.BURY_ROWS
 
 
 # -- what comes due between two looks at the clock

@@ -13,7 +13,7 @@ carried out, before the clock moves: it must be what the clock has decided, and 
 import copy
 from dataclasses import dataclass, field, replace
 
-from sqlspace import entries as names
+from sqlspace import dead_letters
 
 MINUTE = 60_000_000
 DEAD = "/dead"
@@ -319,11 +319,11 @@ class Model:
         """A tombstone here, and under KEY/dead a new entry that tells where it comes from."""
         self.bury(entry, "dead")
         origin = {
-            names.ORIGIN_KEY: entry.key,
-            names.ORIGIN_SEQ: str(entry.seq),
-            names.ORIGIN_PUSHED_AT: f"{entry.pushed_at / 1e6:.6f}",
-            names.ORIGIN_ATTEMPTS: str(entry.attempts),
-            names.ORIGIN_REASON: reason,
+            dead_letters.ORIGIN_KEY: entry.key,
+            dead_letters.ORIGIN_SEQ: str(entry.seq),
+            dead_letters.ORIGIN_PUSHED_AT: f"{entry.pushed_at / 1e6:.6f}",
+            dead_letters.ORIGIN_ATTEMPTS: str(entry.attempts),
+            dead_letters.ORIGIN_REASON: reason,
         }
         headers = {**entry.headers, **origin}
         self.push(Entry(None, entry.key + DEAD, entry.payload, headers, self.now))
@@ -333,7 +333,7 @@ class Model:
         found = self.ready(key + DEAD)
         for entry in found:
             self.bury(entry, "taken")
-            target = entry.headers.get(names.ORIGIN_KEY, key)
+            target = entry.headers.get(dead_letters.ORIGIN_KEY, key)
             headers = {
                 name: text
                 for name, text in entry.headers.items()
@@ -394,7 +394,7 @@ class Model:
 
     def _learn_seqs(self, live, stones):
         def origin(headers):
-            return headers.get(names.ORIGIN_KEY), headers.get(names.ORIGIN_SEQ)
+            return headers.get(dead_letters.ORIGIN_KEY), headers.get(dead_letters.ORIGIN_SEQ)
 
         for key, queue in self.queues.items():
             known = {entry.seq for entry in queue}
@@ -402,7 +402,7 @@ class Model:
             letters = {origin(live[seq][6]): seq for seq in new}
             unknown = [entry for entry in queue if entry.seq is None]
             for entry in unknown:
-                if names.ORIGIN_SEQ in entry.headers:
+                if dead_letters.ORIGIN_SEQ in entry.headers:
                     entry.seq = letters[origin(entry.headers)]
                     new.remove(entry.seq)
             others = [entry for entry in unknown if entry.seq is None]  # requeued, in this order
