@@ -21,8 +21,8 @@ from click.testing import CliRunner
 import sqlspace
 import sqlspace.checkup
 import sqlspace.cli
-import sqlspace.options
-import sqlspace.terminal
+import sqlspace.cli.options
+import sqlspace.cli.terminal
 from sqlspace.doorbell import room_token
 from sqlspace.waiting import Waiter
 
@@ -331,7 +331,7 @@ def test_a_failure_among_lines_says_how_many_are_in(cli, path, monkeypatch):
 
     push_many = sqlspace.Store.push_many
     monkeypatch.setattr(sqlspace.Store, "push_many", fail)
-    monkeypatch.setattr(sqlspace.terminal, "_READ_BYTES", 10)
+    monkeypatch.setattr(sqlspace.cli.terminal, "_READ_BYTES", 10)
     code, _, complaint = cli("push", path, "log", "--lines", stdin=b"line\n" * 20)
     assert code == 3
     assert complaint == "sqlspace: no room left; the first 2 lines were pushed\n"
@@ -428,7 +428,7 @@ def test_only_pull_sets_a_history(cli, path, spread, name, monkeypatch):
         return opening
 
     cli("push", path, "mail", "x")
-    for module in (sqlspace.cli, sqlspace.options):
+    for module in (sqlspace.cli.changing, sqlspace.cli.options):
         for name_of_opener in {"open", "open_existing"} & set(vars(module)):
             opener = getattr(module, name_of_opener)
             monkeypatch.setattr(module, name_of_opener, noting(opener))
@@ -734,7 +734,7 @@ def test_stats_in_json_are_the_librarys(cli, path):
 )
 def test_an_age_is_told_in_two_units(seconds, text):
     """So much as a person wants to know."""
-    assert sqlspace.terminal.age(seconds) == text
+    assert sqlspace.cli.terminal.age(seconds) == text
 
 
 @pytest.mark.parametrize(
@@ -749,7 +749,7 @@ def test_an_age_is_told_in_two_units(seconds, text):
 )
 def test_a_size_is_told_in_binary_units(size, text):
     """As the file system counts."""
-    assert sqlspace.terminal.size(size) == text
+    assert sqlspace.cli.terminal.size(size) == text
 
 
 def test_history_tells_what_was_taken(cli, path):

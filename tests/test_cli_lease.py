@@ -19,7 +19,7 @@ from click.testing import CliRunner
 
 import sqlspace
 import sqlspace.cli
-import sqlspace.running
+import sqlspace.cli.running
 
 EVERY_BYTE = bytes(range(256))
 
@@ -398,7 +398,7 @@ def test_a_command_that_exits_with_0_when_it_is_ended_is_not_done(store, started
 
 def test_a_second_ctrl_c_ends_a_command_that_will_not_end(cli, path, store, monkeypatch):
     """At once, and by force."""
-    monkeypatch.setattr(sqlspace.running, "_PATIENCE_SECONDS", 1000)
+    monkeypatch.setattr(sqlspace.cli.running, "_PATIENCE_SECONDS", 1000)
     store.push("mail", b"x")
     script = f"trap '' INT TERM; while kill -INT {os.getpid()}; do sleep 0.01; done"
     code, complaint = cli("pull", path, "mail", "--lease", "60", "--", "sh", "-c", script)
@@ -408,7 +408,7 @@ def test_a_second_ctrl_c_ends_a_command_that_will_not_end(cli, path, store, monk
 
 def test_after_ctrl_c_a_command_has_time_to_end_by_itself(cli, path, store, tmp_path, monkeypatch):
     """It is not told to terminate at once, while it is at it."""
-    monkeypatch.setattr(sqlspace.running, "_PATIENCE_SECONDS", 1000)
+    monkeypatch.setattr(sqlspace.cli.running, "_PATIENCE_SECONDS", 1000)
     store.push("mail", b"x")
     told = tmp_path / "told"
     script = f"trap 'echo > {told}' TERM; kill -INT {os.getpid()}; sleep 0.1; exit 0"
@@ -420,7 +420,7 @@ def test_after_ctrl_c_a_command_has_time_to_end_by_itself(cli, path, store, tmp_
 
 def test_a_command_that_will_not_end_is_killed_in_the_end(cli, path, store, monkeypatch):
     """Some time after it was told; nobody waits for ever."""
-    monkeypatch.setattr(sqlspace.running, "_GRACE_SECONDS", 0.05)
+    monkeypatch.setattr(sqlspace.cli.running, "_GRACE_SECONDS", 0.05)
     store.push("mail", b"x")
     script = f"trap '' TERM; kill -TERM {os.getpid()}; {WAITS}"
     code, complaint = cli("pull", path, "mail", "--lease", "60", "--", "sh", "-c", script)
@@ -503,7 +503,7 @@ def test_a_machine_that_starts_no_process_is_exit_3_and_nacked(cli, path, store,
     def fail(*arguments, **options):
         raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
-    monkeypatch.setattr(sqlspace.running.subprocess, "Popen", fail)
+    monkeypatch.setattr(sqlspace.cli.running.subprocess, "Popen", fail)
     code, complaint = cli("pull", path, "mail", "--lease", "60", "--", "cat")
     assert (code, complaint) == (3, f"sqlspace: cat: {os.strerror(errno.EAGAIN)}\n")
     assert seen(store) == [(b"x", "ready", 1)]
@@ -513,7 +513,7 @@ def test_a_disk_with_no_room_for_stdin_is_exit_3_and_nacked(cli, path, store, mo
     """The line names the directory."""
     store.push("mail", bytes(100_000))
     monkeypatch.setattr(
-        sqlspace.running.tempfile,
+        sqlspace.cli.running.tempfile,
         "TemporaryFile",
         lambda: open("/dev/full", "w+b"),  # noqa: SIM115
     )

@@ -11,7 +11,7 @@ from children import eventually
 from clocks import install
 
 import sqlspace
-from sqlspace import DeadlineError, LeaseError, ageing, entries
+from sqlspace import DeadlineError, LeaseError, ageing
 
 
 @pytest.fixture

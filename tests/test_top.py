@@ -22,7 +22,7 @@ from rich.console import Console
 
 import sqlspace
 import sqlspace.cli
-from sqlspace import terminal, top
+from sqlspace.cli import terminal, top
 
 
 @pytest.fixture

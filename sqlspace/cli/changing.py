@@ -17,12 +17,14 @@ from typing import Any
 
 import click
 
-from . import dead_letters, looking, options, rules, running, terminal
-from .arguments import ROW_BYTES, check_headers, check_size
-from .errors import DeadlineError, SpaceError
-from .pushing import Batch
-from .records import Entry
-from .store import Store, open, open_existing
+from sqlspace import dead_letters, rules
+from sqlspace.arguments import ROW_BYTES, check_headers, check_size
+from sqlspace.errors import DeadlineError, SpaceError
+from sqlspace.pushing import Batch
+from sqlspace.records import Entry
+from sqlspace.store import Store, open, open_existing
+
+from . import looking, options, running, terminal
 
 __all__ = ["commands", "run"]
 

@@ -27,9 +27,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .arguments import ROW_BYTES
-from .errors import DeadlineError, LeaseError, SpaceError
-from .records import Entry, Stats
+from sqlspace.arguments import ROW_BYTES
+from sqlspace.errors import DeadlineError, LeaseError, SpaceError
+from sqlspace.records import Entry, Stats
 
 __all__ = [
     "COMMAND_FAILED",

@@ -6,9 +6,11 @@ from typing import Any
 
 import click
 
-from . import checkup, options, terminal, top
-from .errors import DeadlineError
-from .store import Store
+from sqlspace import checkup
+from sqlspace.errors import DeadlineError
+from sqlspace.store import Store
+
+from . import options, terminal, top
 
 __all__ = ["COMMANDS"]
 

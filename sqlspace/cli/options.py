@@ -11,9 +11,17 @@ from typing import Any
 
 import click
 
-from . import rules, running
-from .arguments import check_delay_micros, check_key, check_lease_micros, check_timeout, check_ttl
-from .store import open_existing
+from sqlspace import rules
+from sqlspace.arguments import (
+    check_delay_micros,
+    check_key,
+    check_lease_micros,
+    check_timeout,
+    check_ttl,
+)
+from sqlspace.store import open_existing
+
+from . import running
 
 __all__ = [
     "CommandWithProgram",

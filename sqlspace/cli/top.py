@@ -29,11 +29,13 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from . import terminal, upkeep
-from .connection import Connection
-from .records import KeyStats, Stats
+from sqlspace import upkeep
+from sqlspace.connection import Connection
+from sqlspace.records import KeyStats, Stats
+from sqlspace.store import Store
+
+from . import terminal
 from .signals import Signals
-from .store import Store
 
 __all__ = ["check_interval", "watch", "write_once"]
 

@@ -17,12 +17,13 @@ import time
 from dataclasses import dataclass
 from typing import BinaryIO
 
+from sqlspace.delivery import Delivery
+from sqlspace.errors import CanceledError, DeadlineError
+from sqlspace.space import Context
+from sqlspace.store import Store
+
 from . import terminal
-from .delivery import Delivery
-from .errors import CanceledError, DeadlineError
 from .signals import Signals
-from .space import Context
-from .store import Store
 
 __all__ = ["Terms", "check_program", "run_for_entries"]
 
