@@ -5,6 +5,7 @@ that its shell sessions run, all sections in one directory, from the top of the 
 what a section has made, a later one may use.
 """
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -18,6 +19,7 @@ from pages import Page, blocks
 from shells import PROGRAMS, SECONDS, install
 
 import sqlspace
+from sqlspace import cli
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -130,6 +132,11 @@ def test_what_is_to_be_typed_is_there():
         words = line.partition("#")[0].split()
         if words[0].startswith("scripts/"):
             assert os.access(ROOT / words[0], os.X_OK)
+        elif words[0] == "sqlspace":
+            command = cli.commands.commands[words[1]]
+            known = {option for each in command.params for option in each.opts}
+            ours = words[: words.index("--")] if "--" in words else words
+            assert {word for word in ours if word.startswith("--")} <= known
         else:
             assert words[:2] == ["pip", "install"]
             match = re.fullmatch(r"'?sqlspace(?:\[(\w+)\])?'?", words[2])
@@ -163,10 +170,10 @@ def test_every_error_is_named():
 def test_the_rooms_that_the_page_shows_are_there():
     """The last section is the map of the house."""
     inside = README.partition("## Inside")[2]
-    rooms = re.findall(r"`([a-z]+)`", inside)
+    rooms = re.findall(r"`([a-z_]+)`", inside)
     assert len(rooms) > 10
     for room in rooms:
-        assert (ROOT / "sqlspace" / f"{room}.py").is_file(), room
+        assert importlib.util.find_spec(f"sqlspace.{room}"), room
 
 
 # -- what the page says without code
