@@ -77,8 +77,9 @@ def raw(path: str, sync: bool) -> Side:
         for _ in range(times):
             now = now_micros()
             head: Any = execute(entries.SELECT_HEAD, (now, KEY)).fetchall()
-            seq, token = head[0][0], os.urandom(16)
-            execute(entries.LEASE, (now, KEY, seq, LEASE_SECONDS * 1_000_000, token, None))
+            seq, attempts, token = head[0][0], head[0][6], os.urandom(16)
+            micros = LEASE_SECONDS * 1_000_000
+            execute(entries.LEASE, (now, KEY, seq, micros, token, None, attempts))
             leased.append((seq, token))
 
     def ack(times: int) -> None:
