@@ -691,7 +691,7 @@ class Show:
         clock = time.strftime("%H:%M:%S", time.localtime(taken_at))
         return (
             f"{words}it had line {line:,} in hand (seq {seq:,}, taken at {clock}), which is gone. "
-            "pull is at most once; claim, the at-least-once form, isn't in this version yet"
+            "pull is at most once; claim is the form that brings such work back"
         )
 
 
