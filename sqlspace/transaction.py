@@ -47,6 +47,9 @@ class Transaction:
     nothing by itself: who catches that may go on. A verb of the store itself, one that waits, and
     another transaction are ValueError in here.
 
+    Ctrl-C that strikes exactly between the block's end and the commit rolls back when this object
+    is let go, and not before: until then the thread counts as inside.
+
     Example:
         with store.claim("orders") as order, store.transaction() as together:
             together.push("invoices", order.payload)
