@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 
+import apsw
 import pytest
 from children import PATIENCE_SECONDS, eventually, parked, patient_inotify
 
@@ -424,6 +425,50 @@ def test_who_is_stopped_does_not_swallow_the_ring(store, path, child):
         store.push("k", b"end")
     for waiter in waiters:
         waiter.finish()
+
+
+def add_quietly(path):
+    """An entry for which nobody rings, and which who is deaf to signs doesn't see."""
+    connection = apsw.Connection(path)
+    insert = "INSERT INTO sqlspace_entries (key, payload, pushed_at) VALUES ('k', x'31', 1)"
+    connection.execute(insert)
+    connection.close()
+
+
+def test_a_ring_that_comes_as_its_only_waiter_leaves_is_passed_on(store, path, child):
+    """Who leaves reads what was rung for, and hands it to another process that waits."""
+    other = child(WAITER, path, "signs", "store.pull('k')", 1)
+    other.expect("parked")
+    bell, waiter = store._database.bell, Waiter()
+    bell.enroll(waiter, ["k"], takes=True)
+    add_quietly(path)
+    assert bell._watch.send(os.getpid(), bell.file_id, "k")
+    bell.dismiss(waiter, ["k"])
+    other.expect("b'1'", "no looks")
+    other.finish()
+
+
+def test_a_ring_at_one_that_has_just_left_goes_to_the_next(store, path, child, monkeypatch):
+    """Whoever rings looks once more whether the one it rang at still waits."""
+    other = child(WAITER, path, "signs", "store.pull('k')", 1)
+    other.expect("parked")
+    with sqlspace.open(path, sync=False) as leaving:
+        bell, gone = store._database.bell, leaving._database.bell
+        gone.enroll(Waiter(), ["k"], takes=True)
+        monkeypatch.setattr(doorbell.random, "randrange", lambda _: os.getpid())
+        send = bell._watch.send
+
+        def leave_meanwhile(pid, *words):
+            if pid == os.getpid():
+                gone._marks.drop(gone._mark("k", takes=True))
+                return True
+            return send(pid, *words)
+
+        monkeypatch.setattr(bell._watch, "send", leave_meanwhile)
+        add_quietly(path)
+        bell.ring("k")
+        other.expect("b'1'", "no looks")
+    other.finish()
 
 
 def test_the_dead_do_not_swallow_the_ring(store, path, child):
