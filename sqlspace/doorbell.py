@@ -20,11 +20,13 @@ come round without a sign.
 """
 
 import contextlib
+import fcntl
 import os
 import random
 import select
 import socket
 import sys
+import termios
 import threading
 import time
 import zlib
@@ -504,8 +506,12 @@ class _Watch:
 
     def answer_all(self, bell: Doorbell) -> None:
         """Read what rings there are, for a bell at which somebody has stopped waiting."""
-        while self._answer(bell):
-            pass
+        # There mostly is none, and asking first is quick: a read in vain, just after a sleep, was
+        # measured at 57 µs, for its exception; this at 10.
+        while self._socket is not None and any(
+            fcntl.ioctl(self._socket, termios.FIONREAD, b"\0" * 4)
+        ):
+            self._answer(bell)
 
     def _answer(self, leaving: Doorbell | None = None) -> bool:
         """Read one ring, and pass it on; whether there was one."""

@@ -8,7 +8,7 @@ caller may go on. Waiters are woken after the commit only.
 """
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -60,6 +60,7 @@ class Transaction:
         self._store = store
         self._database = database
         self._held: list[Any] = []
+        self._left = _end_if_left(database, self._held)
         self._thread: int | None = None
         self._over = False
         self._connection: Connection
@@ -70,6 +71,7 @@ class Transaction:
         if self._over or self._thread is not None:
             raise ValueError("a transaction can be entered once")
         try:
+            next(self._left)
             self._connection = self._database.begin(self._held)
             self._thread = threading.get_ident()
         except BaseException:
@@ -91,13 +93,10 @@ class Transaction:
         finally:
             self._end()
 
-    def __del__(self) -> None:
-        if self._held:  # left by an interrupt between two bytecodes
-            self._end()
-
     def _end(self) -> None:
         self._over = True
         interrupt = surely(lambda: self._database.end(self._held))
+        self._left.close()
         if interrupt is not None:
             raise interrupt
 
@@ -303,6 +302,18 @@ class Transaction:
                 raise self._database.mapped(error) from error
             raise
         return result
+
+
+def _end_if_left(database: Database, held: list[Any]) -> Generator[None, None, None]:
+    """Ends a transaction that an interrupt has left between two bytecodes, when it is let go.
+
+    A generator, and no `__del__`: that would run at the end of every transaction, and swallow a
+    Ctrl-C that strikes just there. One that was closed runs nothing.
+    """
+    try:
+        yield
+    finally:
+        database.end(held)
 
 
 def _undo(connection: Connection) -> None:
