@@ -15,7 +15,7 @@ import workers
 from children import PATIENCE_SECONDS, eventually, parked
 
 import sqlspace
-from sqlspace import doorbell, identity
+from sqlspace import connection, doorbell, identity
 
 ENTRIES = 20_000
 
@@ -471,6 +471,18 @@ def test_an_inherited_connection_of_the_application_is_refused(path, child):
     with sqlspace.open(path) as store:
         assert [entry.payload for entry in store.entries("k")] == [b"parent"] * 3
     ensure_sound(path)
+
+
+def test_a_list_of_locks_that_misses_ours_once_is_read_again(path, monkeypatch):
+    """The system's list is torn while others lock and unlock; only one that never has it counts."""
+    with sqlspace.open(path, sync=False) as store:
+        store.push("k", b"x")
+        whole, looks = connection._is_listed, []
+        listed = lambda inode: len(looks) > 3 and whole(inode)  # noqa: E731
+        monkeypatch.setattr(connection, "_is_listed", lambda i: (looks.append(i), listed(i))[1])
+        assert connection.holds_lock(path)
+        monkeypatch.setattr(connection, "_is_listed", lambda _: False)
+        assert not connection.holds_lock(path)
 
 
 def test_a_closed_store_stays_closed_in_the_child(path):
