@@ -9,13 +9,14 @@ POSIX locks for the whole process.
 """
 
 import errno
+import fcntl
 import os
 import stat
 import struct
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeVar
 from urllib.parse import quote
 
 import apsw
@@ -30,8 +31,11 @@ __all__ = [
     "connect",
     "has_moved",
     "holds_lock",
+    "nested",
     "open_verified",
+    "roll_back",
     "run",
+    "sync",
 ]
 
 # The first SQLite with the fix of the WAL-reset bug, which could lose commits.
@@ -43,6 +47,8 @@ if tuple(map(int, apsw.sqlite_lib_version().split("."))) < _SQLITE_NEEDED:
     )
 
 Connection = apsw.Connection
+
+T = TypeVar("T")
 
 # After a checkpoint the -wal is cut to this; it is a little more than what 1,000 pages take, after
 # which SQLite checkpoints by itself.
@@ -59,7 +65,7 @@ class Options:
     """What `sqlspace.open` was told."""
 
     path: str
-    sync: bool
+    sync: bool | Literal["group"]
     history: int | None
     embed: bool
     mode: int
@@ -335,3 +341,31 @@ def run(done: list[Any], connection: Connection, sql: str, arguments: Sequence[A
     steps, 704 of 704 interrupted pulls lost their entry.
     """
     done.extend(map(connection.execute, (sql,), (arguments,)))
+
+
+def nested(connection: Connection, step: Callable[[Connection], T]) -> T:
+    """What `step` returns; in the caller's transaction, all of it or, if it raises, nothing."""
+    connection.execute("SAVEPOINT sqlspace")
+    try:
+        found = step(connection)
+    except Exception:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK TO sqlspace")
+            connection.execute("RELEASE sqlspace")
+        raise
+    connection.execute("RELEASE sqlspace")
+    return found
+
+
+def roll_back(connection: Connection) -> None:
+    """End the transaction, if there is one. Idempotent."""
+    if connection.in_transaction:
+        connection.execute("ROLLBACK")
+
+
+def sync(descriptor: int) -> None:
+    """Have what was written to the file on the disk: the one place where we do so, not SQLite."""
+    if hasattr(fcntl, "F_FULLFSYNC"):  # where fsync doesn't reach the platter (macOS)
+        fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+    else:
+        os.fdatasync(descriptor)

@@ -9,9 +9,8 @@ Only then is anything acknowledged. An error before the commit means that nothin
 failed commit one more durable commit makes that certain, or the error is UndecidedError.
 """
 
-import functools
+import copy
 import logging
-import operator
 import os
 import threading
 import time
@@ -22,7 +21,27 @@ from typing import Any
 import apsw
 
 from . import doorbell, identity, schema
-from .connection import Connection, Options, connect, has_moved, holds_lock, open_verified
+from .committer import (
+    BrokenError,
+    Committer,
+    Operation,
+    Seizure,
+    Step,
+    Work,
+    alone,
+    together,
+)
+from .connection import (
+    Connection,
+    Options,
+    connect,
+    has_moved,
+    holds_lock,
+    open_verified,
+    roll_back,
+    run,
+    sync,
+)
 from .doorbell import Doorbell, Stirring
 from .errors import (
     BusyError,
@@ -38,16 +57,11 @@ from .guard import Guard
 from .identity import Identity
 from .marks import HISTORY_AT, Marks
 from .turnstile import Turnstile
-from .waiting import Waiter, surely
+from .waiting import surely
 
-__all__ = ["Database", "Step"]
+__all__ = ["Database"]
 
 log = logging.getLogger("sqlspace")
-
-Step = Callable[[Connection], Iterable[str]]
-"""Work on the connection; returns the doorbell's tokens to ring for."""
-
-_ACQUIRE = operator.methodcaller("acquire")
 
 # A commit that really changes a page; it decides what an earlier failure or crash left undecided.
 UPDATE_BOOTS = "UPDATE sqlspace_schema SET boots = boots + 1 WHERE version = 1"
@@ -90,7 +104,11 @@ class _Session:
                 if not self.identity.stands() or has_moved(self.connection):
                     raise MovedError(f"{path}: it was moved while it was opened")
             self.poll = self.identity.poll
-            self.turnstile = Turnstile(self.wal_descriptor)
+            # Without a -wal of our own to sync, SQLite does it.
+            self.syncs = options.sync == "group" and self.wal_descriptor is not None
+            if self.syncs:
+                self.connection.pragma("synchronous", "NORMAL")
+            self.turnstile = Turnstile(self.wal_descriptor, 3 if self.syncs else 1)
             self.marks = Marks(self.wal_descriptor)
             if options.history is not None:
                 self.marks.hold(HISTORY_AT + options.history)
@@ -165,11 +183,10 @@ class Database:
         self._stirring: Stirring = look
         self._poison: StoreError | None = None
         self._forked = False
-        self._lock = threading.Lock()
+        self._committer = Committer(self)
         self._read_lock = threading.Lock()
-        self._writer: int | None = None  # the thread that has the one lock
-        self._browser: int | None = None  # and the other
-        self._inside = False  # whether the thread that forks is one of them
+        self._browser: int | None = None  # the thread that has it
+        self._inside = False  # whether the thread that forks is in the middle of a call
         self._whole: _Session | None = None  # in which a caller's own transaction is open
         self._busy_timeout = options.busy_timeout
         self._session: _Session | None = None
@@ -180,79 +197,197 @@ class Database:
 
     # -- work
 
-    def write(
+    def write(self, operation: Operation) -> None:
+        """Have it carried out; when this returns it is committed, and as durable as promised.
+
+        Raises:
+            ClosedError, StoreError: nothing happened, unless the error says otherwise.
+        """
+        thread = threading.get_ident()
+        self._ensure_outside(thread)
+        operation.deadline = time.monotonic() + self._busy_timeout
+        self._committer.submit(operation, thread)
+        if self.closed:  # by a signal's handler, which had to leave it to us
+            self.close()
+
+    def transact(
         self,
         step: Step,
         *,
         probe: Callable[[Connection], bool] | None = None,
         undo: Callable[[Connection], None] | None = None,
-        besides: Waiter | None = None,
     ) -> None:
-        """Run `step` as the only writer, each of its statements a transaction of its own.
+        """The same with functions: all of `step` is done or, if anything is raised, nothing."""
+        self.write(Work(step, probe, undo))
 
-        Args:
-            step: Gets the connection; returns the doorbell's tokens to ring for afterwards. What
-                must not be lost to an interrupt it keeps outside.
-            probe: Asked first, with no lock taken in the file; if False, there is nothing to do.
-            undo: Takes back what `step` has committed, if something is raised before this returns.
-                Idempotent.
-            besides: The caller's own waiter, which needs no ring.
-
-        Raises:
-            ClosedError, StoreError: nothing happened, unless the error says otherwise.
-        """
-        now = time.monotonic()
-        thread = threading.get_ident()
-        self._ensure_outside(thread)
-        finished = False
-        try:
-            with self._lock:
-                self._writer = thread
-                try:
-                    self._write(now, step, probe, undo, besides)
-                    finished = True
-                finally:
-                    self._writer = None
-        except BaseException:
-            if finished and undo is not None:  # an interrupt, while the lock was let go
-                with self._lock:
-                    surely(functools.partial(undo, self._ready().connection))
-            raise
-        if self.closed:  # by a signal's handler, which had to leave it to us
-            self.close()
-
-    def _write(
-        self,
-        now: float,
-        step: Step,
-        probe: Callable[[Connection], bool] | None,
-        undo: Callable[[Connection], None] | None,
-        besides: Waiter | None,
-    ) -> None:
+    def lead(self, operation: Operation) -> None:
+        """Carry it out with those that have joined, or have it await its turn."""
         session = self._session or self._ready()
         identity = session.identity
+        now = operation.deadline - self._busy_timeout
         if session.poll(0) or identity.alarmed or now >= identity.look_at:
             self._ensure_in_place(session, undecided=False)
-        deadline = session.patience.deadline = now + self._busy_timeout
-        begun = False
+        session.patience.deadline = operation.deadline
         try:
-            if probe is not None and not probe(session.connection):
+            if not operation.probe(session.connection):
+                operation.finished = True
                 return
+        except apsw.Error as error:
+            raise self.mapped(error) from error
+        committer = self._committer
+        if committer.enter(session.turnstile, operation):
+            if committer.has_joined():
+                self._commit_together(session, operation)
+            else:
+                self._commit_alone(session, operation)
+
+    def serve(self, turnstile: Turnstile) -> None:
+        """Inside the turnstile, in the helper's thread: carry out those that have joined."""
+        session = self._session
+        if session is None or session.turnstile is not turnstile:  # closed, or unusable now
+            turnstile.leave()
+            self._committer.wake_all()
+        else:
+            session.patience.deadline = time.monotonic() + self._busy_timeout
+            self._commit_together(session, None)
+
+    def undo(self, operation: Operation) -> None:
+        """Take back what it did."""
+        with self._committer.lock:
+            self._take_all_back([operation], self._ready().connection, committed=True)
+
+    def _commit_alone(self, session: _Session, operation: Operation) -> None:
+        """Inside the turnstile: one operation, and out."""
+        try:
             try:
-                session.turnstile.enter(deadline)
-                begun = True
                 if not session.booted:
                     session.boot()
-                tokens = step(session.connection)
+                alone(session.connection, operation)
             finally:
                 session.turnstile.leave()
-            if session.poll(0) or identity.alarmed:
-                self._ensure_in_place(session, undecided=True)
-            session.bell.ring_all(tokens, besides)
+            self._confirm(session)
+            session.bell.ring_all(operation.tokens, operation.besides)
+            operation.finished = True
         except BaseException as error:
-            self._take_back(session, error, undo)
-            self._explain(session, error, begun=begun)
+            self._take_back(session, error, operation)
+            if isinstance(error, apsw.Error):
+                raise self._explained(session, error) from error
             raise
+
+    def _commit_together(self, session: _Session, own: Operation | None) -> None:
+        """Inside the turnstile: those that have joined, in one transaction, and out."""
+        connection = session.connection
+        committed: list[Any] = []  # not empty once they are
+        failed: list[Exception] = []
+
+        def conclude() -> None:
+            self._conclude(session, committed, failed)
+
+        try:
+            try:
+                if not session.booted:
+                    session.boot()
+                connection.execute("BEGIN IMMEDIATE")
+                self._committer.take(own)
+                together(connection, self._committer.carried)
+                run(committed, connection, "COMMIT", ())
+            finally:
+                session.turnstile.leave()
+        except Exception as error:  # noqa: BLE001  # told to each of them below
+            failed.append(error)
+        finally:
+            try:
+                interrupt = surely(conclude)
+            except (KeyboardInterrupt, SystemExit):  # on the way into it or out of it
+                surely(conclude)
+                raise
+        if interrupt is not None:
+            raise interrupt
+        if failed and own is not None and not own.finished:  # it was not begun
+            raise self._explained(session, failed[0]) from failed[0]
+
+    def _conclude(self, session: _Session, committed: list[Any], failed: list[Exception]) -> None:
+        """Finish what was committed, refuse what failed, hand back what it broke. Idempotent."""
+        carried = self._committer.carried
+        if committed and not failed:
+            try:
+                self._confirm(session)
+                for operation in carried:
+                    session.bell.ring_all(operation.tokens, operation.besides)
+                    if isinstance(operation.error, apsw.Error):
+                        operation.error = self.mapped(operation.error)
+                    operation.finished = True
+            except StoreError as error:
+                failed.append(error)
+        if not committed or (failed and isinstance(failed[0], MovedError)):
+            self._take_all_back(carried, session.connection, committed=bool(committed))
+        if failed and carried:
+            self._refuse(session, carried, failed[0])
+        self._committer.answer()
+
+    def _refuse(self, session: _Session, carried: list[Operation], error: Exception) -> None:
+        """All of them have failed, or the one that broke the transaction of all."""
+        refused = carried
+        if isinstance(error, BrokenError):
+            refused = [error.operation]
+            error = error.error
+        ours = self._explained(session, error)
+        for operation in refused:
+            operation.error = copy.copy(ours)
+            operation.error.__cause__ = error
+            operation.finished = True
+
+    def _take_all_back(
+        self, carried: list[Operation], connection: Connection, *, committed: bool
+    ) -> None:
+        """Have nothing stand of what these did. Idempotent."""
+        try:
+            if not committed:
+                roll_back(connection)
+            for operation in carried:
+                if not committed:
+                    operation.retract()
+                elif operation.done:
+                    operation.undo(connection)
+                    operation.done.clear()
+        except apsw.Error:
+            log.exception("%s: a call that failed could not be undone", self.options.path)
+
+    def _confirm(self, session: _Session) -> None:
+        """After a commit: it is as durable as promised, and in the file under this path."""
+        if session.syncs:
+            self._sync(session)
+        if session.poll(0) or session.identity.alarmed:
+            self._ensure_in_place(session, undecided=True)
+
+    def _sync(self, session: _Session) -> None:
+        """Sync the -wal ourselves, outside of the turnstile, so that others' syncs go on meanwhile.
+
+        If it fails, the system takes the pages for clean, and all can see what may never reach the
+        disk. So everything is moved into the file itself, and that is synced.
+        """
+        assert session.wal_descriptor is not None
+        try:
+            sync(session.wal_descriptor)
+        except OSError as error:
+            log.warning("%s: the -wal could not be synced: %s", self.options.path, error)
+            session.patience.deadline = time.monotonic() + self._busy_timeout
+            try:
+                session.connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+            except apsw.Error:
+                raise self._undecided() from error
+
+    def _seize(self, held: list[Any]) -> _Session:
+        """Go in alone, until `end`."""
+        self._ensure_outside(threading.get_ident())
+        committer = self._committer
+        seizure = Seizure()
+        seizure.deadline = time.monotonic() + self._busy_timeout
+        committer.seize(seizure, held, lambda: committer.enter(self._ready().turnstile, seizure))
+        session = self._ready()
+        self._ensure_in_place(session, undecided=False)
+        session.patience.deadline = seizure.deadline
+        return session
 
     def begin(self, held: list[Any]) -> Connection:
         """Open a transaction that is the calling thread's, until `end`.
@@ -266,22 +401,13 @@ class Database:
         Raises:
             ClosedError, StoreError, ValueError: as `write`; inside another call.
         """
-        now = time.monotonic()
-        self._ensure_outside(threading.get_ident())
-        held.extend(filter(_ACQUIRE, (self._lock,)))  # one C call: no Ctrl-C comes in between
-        self._writer = threading.get_ident()
-        session = self._ready()
-        self._ensure_in_place(session, undecided=False)
-        deadline = session.patience.deadline = now + self._busy_timeout
-        self._whole = session
+        self._whole = session = self._seize(held)
         try:
-            session.turnstile.enter(deadline)
             if not session.booted:
                 session.boot()
             session.connection.execute("BEGIN IMMEDIATE")
-        except Exception as error:
-            self._explain(session, error, begun=isinstance(error, apsw.Error))
-            raise
+        except apsw.Error as error:
+            raise self._explained(session, error) from error
         return session.connection
 
     def commit(self, tokens: Iterable[str]) -> None:
@@ -298,12 +424,12 @@ class Database:
                 )
             session.connection.execute("COMMIT")
             session.turnstile.leave()
-            if session.poll(0) or session.identity.alarmed:
-                self._ensure_in_place(session, undecided=True)
+            self._confirm(session)
             session.bell.ring_all(tokens)
         except BaseException as error:
             self._take_back(session, error, None)
-            self._explain(session, error, begun=True)
+            if isinstance(error, apsw.Error):
+                raise self._explained(session, error) from error
             raise
 
     def end(self, held: list[Any]) -> None:
@@ -312,42 +438,18 @@ class Database:
         Args:
             held: That of `begin`.
         """
-        if not held:
-            return
-        session = self._whole
-        if session is not None:
+        session = self._whole or self._session or self._spent
+        if held and session is not None and not self._committer.waiting:
             try:
-                _roll_back(session.connection)
+                roll_back(session.connection)
             except apsw.Error:
                 log.exception("%s: a transaction could not be rolled back", self.options.path)
             session.turnstile.leave()
-        lock = held[0]
-        # Plain stores up to the release: no Ctrl-C can come in between.
-        self._whole = self._writer = None
-        del held[:]
-        lock.release()
+        if held:
+            self._whole = None
+        self._committer.release(held)
         if self.closed:  # in the meantime
             self.close()
-
-    def transact(
-        self,
-        step: Step,
-        *,
-        probe: Callable[[Connection], bool] | None = None,
-        undo: Callable[[Connection], None] | None = None,
-    ) -> None:
-        """Run `step` in one transaction: all of it, or, if anything is raised, nothing.
-
-        Otherwise as `write`.
-        """
-
-        def whole(connection: Connection) -> Iterable[str]:
-            connection.execute("BEGIN IMMEDIATE")
-            tokens = step(connection)
-            connection.execute("COMMIT")
-            return tokens
-
-        self.write(whole, probe=probe, undo=undo)
 
     def touch(self, connection: Connection) -> None:
         """Make sure that the commit to come writes something, and so is synced."""
@@ -393,24 +495,34 @@ class Database:
     def checkpoint(self) -> None:
         """Move the -wal into the file and cut it to nothing, if no reader is in the way."""
 
-        def step(connection: Connection) -> Iterable[str]:
+        def step(connection: Connection) -> None:
             try:
                 connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
             except apsw.BusyError:
                 log.warning("%s: a reader keeps the -wal from being cut", self.options.path)
-            return ()
 
-        self.write(step)
+        self._by_itself(step)
 
     def vacuum(self) -> None:
         """Rewrite the file without its free pages, unless others' tables live in it."""
 
-        def step(connection: Connection) -> Iterable[str]:
+        def step(connection: Connection) -> None:
             if not schema.is_embedded(connection):
                 connection.execute("VACUUM")
-            return ()
 
-        self.write(step)
+        self._by_itself(step)
+
+    def _by_itself(self, step: Callable[[Connection], None]) -> None:
+        """Run what no transaction may hold, as the only writer."""
+        held: list[Any] = []
+        try:
+            session = self._seize(held)
+            try:
+                step(session.connection)
+            except apsw.Error as error:
+                raise self._explained(session, error) from error
+        finally:
+            surely(lambda: self.end(held))
 
     def backup(self, target: str) -> None:
         """Copy a consistent state to a new file."""
@@ -442,14 +554,14 @@ class Database:
         """The doorbell."""
         session = self._session
         if session is None:
-            with self._lock:
+            with self._committer.lock:
                 session = self._ready()
         return session.bell
 
     @property
     def file_id(self) -> str:
         """The random id of the file."""
-        with self._lock:
+        with self._committer.lock:
             return str(self._ready().file_id)
 
     def sizes(self) -> tuple[int, int]:
@@ -479,9 +591,11 @@ class Database:
         session = self._session
         if session is not None:
             session.bell.wake_all()
-        if threading.get_ident() in (self._writer, self._browser):
+        self._committer.wake_all()
+        if self._is_inside(threading.get_ident()):
             return  # a signal's handler in the middle of a call, which will close it
-        with self._lock, self._read_lock:
+        with self._committer.lock, self._read_lock:
+            self._committer.close()
             session = self._session or self._spent
             self._session = self._spent = None
             if session is None:
@@ -528,7 +642,7 @@ class Database:
 
     def _ensure_outside(self, thread: int) -> None:
         """Refuse a call from a signal's handler in the middle of another: its lock is taken."""
-        if thread not in (self._writer, self._browser):
+        if not self._is_inside(thread):
             return
         if self._whole is not None:
             raise ValueError(
@@ -539,6 +653,10 @@ class Database:
             f"{self.options.path}: this thread is inside another call of the same store; a "
             "signal's handler, or a codec, can't use it, only close it"
         )
+
+    def _is_inside(self, thread: int) -> bool:
+        committer = self._committer
+        return thread in (committer.leader, self._browser) or thread in committer.joined
 
     def _ensure_in_place(self, session: _Session, *, undecided: bool) -> None:
         if not session.identity.stands():
@@ -552,8 +670,10 @@ class Database:
         self._spent, self._session = self._session, None
         if self._spent is not None:
             self._spent.bell.wake_all()
+        self._committer.wake_all()
 
-    def _busy(self) -> BusyError:
+    def busy(self) -> BusyError:
+        """What to raise when the time for the write lock is over."""
         return BusyError(
             f"{self.options.path}: others held the write lock for more than "
             f"{self.options.busy_timeout:g} s"
@@ -563,7 +683,7 @@ class Database:
         """Ours for apsw's."""
         path = self.options.path
         if isinstance(error, apsw.BusyError):
-            return self._busy()
+            return self.busy()
         if isinstance(error, apsw.FullError):
             return FullError(f"{path}: no room left on the disk")
         if isinstance(error, apsw.CorruptError | apsw.NotADBError):
@@ -571,77 +691,70 @@ class Database:
         return StoreError(f"{path}: {type(error).__name__}: {error}")
 
     def _take_back(
-        self,
-        session: _Session,
-        error: BaseException,
-        undo: Callable[[Connection], None] | None,
+        self, session: _Session, error: BaseException, operation: Operation | None
     ) -> None:
         """After an interrupt or a failure: leave no transaction open, and nothing done.
 
         What SQLite refused to commit, or is rolled back, must not be undone as well: others may
-        have taken the entries, or been given the seqs, in the meantime.
+        have taken the entries, or been given the seqs, in the meantime. What may be on the disk or
+        not is left.
 
         Raises:
             BaseException: An interrupt that came meanwhile, which nothing else tells of.
         """
         connection = session.connection
-        interrupt = None
-        try:
-            if connection.in_transaction:
-                interrupt = surely(functools.partial(_roll_back, connection))
-            elif undo is not None and not isinstance(error, apsw.Error):
-                interrupt = surely(functools.partial(undo, connection))
-        except apsw.Error:
-            log.exception("%s: a call that failed could not be undone", self.options.path)
+        stands = not connection.in_transaction and not isinstance(error, apsw.Error)
+        carried = [] if operation is None or isinstance(error, UndecidedError) else [operation]
+        interrupt = surely(lambda: self._take_all_back(carried, connection, committed=stands))
         if interrupt is not None and isinstance(error, Exception):
             raise interrupt
 
-    def _explain(self, session: _Session, error: BaseException, *, begun: bool) -> None:
-        """Raise ours for apsw's, and make sure that what it says is true."""
-        if isinstance(error, apsw.IOError) and begun:
-            self._fence(session, error)
-        if isinstance(error, apsw.Error):
-            raise self.mapped(error) from error
-        if isinstance(error, BusyError):  # at the turnstile, which doesn't know whose it is
-            raise self._busy() from None
+    def _explained(self, session: _Session, error: Exception) -> Exception:
+        """Ours for apsw's, and what it says is true: after a failed write, nothing of it stands.
 
-    def _fence(self, session: _Session, error: apsw.IOError) -> None:
-        """After a failed write: one more commit, which makes sure that it didn't happen.
-
-        Frames that a failed commit has left behind the log's end are valid for the next recovery;
-        a commit that succeeds overwrites them.
+        Frames that a failed commit has left behind the log's end are valid for the next recovery.
+        One more commit overwrites them; if that fails too, nobody knows.
         """
-        session.patience.deadline = time.monotonic() + self._busy_timeout
-        try:
-            session.connection.execute(UPDATE_BOOTS)
-        except apsw.Error:
-            undecided = UndecidedError(
-                f"{self.options.path}: the disk failed at the commit, and again afterwards: the "
-                "last operation may or may not have happened; open the store anew and look"
-            )
-            self._spoil(undecided)
-            raise undecided from error
+        if isinstance(error, apsw.IOError):
+            session.patience.deadline = time.monotonic() + self._busy_timeout
+            try:
+                session.connection.execute(UPDATE_BOOTS)
+            except apsw.Error:
+                return self._undecided()
+        return self.mapped(error) if isinstance(error, apsw.Error) else error
+
+    def _undecided(self) -> UndecidedError:
+        undecided = UndecidedError(
+            f"{self.options.path}: the disk failed at the commit, and again afterwards: the last "
+            "operation may or may not have happened; open the store anew and look"
+        )
+        self._spoil(undecided)
+        return undecided
 
     # -- forks
 
     def _before_fork(self) -> None:
         thread = threading.get_ident()
-        self._inside = thread in (self._writer, self._browser)
-        for lock, owner in ((self._lock, self._writer), (self._read_lock, self._browser)):
+        self._inside = self._is_inside(thread)
+        for lock, owner in self._owned():
             if owner != thread:
                 lock.acquire()
 
+    def _owned(self) -> tuple[tuple[threading.Lock, int | None], ...]:
+        """The locks, and the threads that have them."""
+        committer = self._committer
+        return (committer.lock, committer.leader), (self._read_lock, self._browser)
+
     def _after_fork_in_parent(self) -> None:
         thread = threading.get_ident()
-        for lock, owner in ((self._read_lock, self._browser), (self._lock, self._writer)):
+        for lock, owner in reversed(self._owned()):
             if owner != thread:
                 lock.release()
 
     def _after_fork_in_child(self) -> None:
         session = self._session or self._spent
         self._session = self._spent = self._whole = None
-        self._writer = self._browser = None
-        self._lock = threading.Lock()
+        self._browser = None
         self._read_lock = threading.Lock()
         self._forked = True
         if self._inside:
@@ -649,13 +762,9 @@ class Database:
                 f"{self.options.path}: the process was forked in the middle of a call of this "
                 "store, or of a transaction; the child can't use it"
             )
+        self._committer.forget()
         if session is not None:
             session.abandon()
-
-
-def _roll_back(connection: Connection) -> None:
-    if connection.in_transaction:
-        connection.execute("ROLLBACK")
 
 
 # -- forks: the child inherits SQLite's table of locks, but not the locks. So every store of the

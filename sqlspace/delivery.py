@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from . import clock, dead_letters, entries, taking, upkeep
 from .arguments import check_delay_micros, check_lease_micros, kind
+from .committer import Operation
 from .connection import Connection
 from .database import Database
 from .doorbell import room_token
@@ -84,21 +85,7 @@ class Delivery:
             LeaseError: The delivery is settled, or its lease is lost; nothing changed.
             ClosedError, StoreError: The lease goes on, unless it is an UndecidedError.
         """
-        done: list[Any] = []
-
-        def step(connection: Connection) -> Iterable[str]:
-            rings = self._ack_in(connection, done)
-            self._settled = True
-            if self.seq % upkeep.PRUNE_EVERY == 0:
-                rings += taking.tidy(self._database, connection)
-            return rings
-
-        def undo(connection: Connection) -> None:
-            if done:
-                entries.unack(connection, self._grant)
-                self._settled = False
-
-        self._database.write(step, undo=undo)
+        self._database.write(_Ack([self]))
 
     def nack(self, delay: float = 0.0) -> None:
         """The work is not done: give the entry back to its old place, for the next claim.
@@ -113,7 +100,7 @@ class Delivery:
             LeaseError, ClosedError, StoreError: as `ack`.
         """
         micros = check_delay_micros(delay, None)
-        self._settle_by(lambda connection: self._nack_in(connection, micros))
+        self._database.write(_Nack(self, micros))
 
     def extend(self, lease: float) -> None:
         """Have the lease end `lease` seconds from now, sooner or later than it would have.
@@ -122,12 +109,17 @@ class Delivery:
             LeaseError, ClosedError, StoreError: as `ack`.
         """
         micros = check_lease_micros(lease)
+        before = self._grant
 
         def step(connection: Connection) -> Iterable[str]:
             self._extend_in(connection, micros)
             return ()
 
-        self._database.write(step)
+        try:
+            self._database.transact(step)
+        except BaseException:
+            self._grant = before
+            raise
         self._renewals.reschedule(self)
 
     def __enter__(self) -> Self:
@@ -225,6 +217,83 @@ class Delivery:
         )
 
 
+class _Settling(Operation):
+    """Settles some deliveries, which the renewals take for settled from its step on."""
+
+    def __init__(self, deliveries: Sequence[Delivery]) -> None:
+        self.done = []
+        self._deliveries = deliveries
+        self._marked: list[Delivery] = []
+
+    def mark(self, delivery: Delivery) -> None:
+        """It is settled."""
+        self._marked.append(delivery)
+        delivery._settled = True  # noqa: SLF001  # they are one piece
+
+    def retract(self) -> None:
+        super().retract()
+        while self._marked:
+            self._marked[-1]._settled = False  # noqa: SLF001
+            self._marked.pop()
+
+    def undo(self, connection: Connection) -> None:
+        for delivery in self._deliveries:
+            self._unsettle(connection, delivery)
+        self.retract()
+
+    def _unsettle(self, connection: Connection, delivery: Delivery) -> None:
+        entries.unack(connection, delivery._grant)  # noqa: SLF001
+
+
+class _Ack(_Settling):
+    """Acks one, in one statement."""
+
+    def step(self, connection: Connection) -> Iterable[str]:
+        (delivery,) = self._deliveries
+        rings = delivery._ack_in(connection, self.done)  # noqa: SLF001
+        self.mark(delivery)
+        if delivery.seq % upkeep.PRUNE_EVERY == 0:
+            rings += taking.tidy(delivery._database, connection)  # noqa: SLF001
+        return rings
+
+
+class _AckAll(_Settling):
+    """Acks several, all or none."""
+
+    whole = True
+
+    def __init__(self, deliveries: Sequence[Delivery], keep: int | None) -> None:
+        super().__init__(deliveries)
+        self._keep = keep
+
+    def step(self, connection: Connection) -> Iterable[str]:
+        rings: dict[str, None] = {}
+        for delivery in self._deliveries:
+            rings.update(dict.fromkeys(delivery._ack_in(connection, [])))  # noqa: SLF001
+            self.mark(delivery)
+        upkeep.prune(connection, self._keep, len(self._deliveries) + upkeep.PRUNE_ROWS)
+        return rings
+
+
+class _Nack(_Settling):
+    """Gives one back."""
+
+    whole = True
+
+    def __init__(self, delivery: Delivery, delay: int) -> None:
+        super().__init__([delivery])
+        self._delay = delay
+
+    def step(self, connection: Connection) -> Iterable[str]:
+        (delivery,) = self._deliveries
+        rings = delivery._nack_in(connection, self._delay)  # noqa: SLF001
+        self.mark(delivery)
+        return rings
+
+    def _unsettle(self, connection: Connection, delivery: Delivery) -> None:
+        """Cut off behind its commit, it stays done."""
+
+
 def ack_many(store: "Store", database: Database, given: Sequence[object]) -> None:
     """Ack all of them in one transaction, or none."""
     deliveries: list[Delivery] = []
@@ -234,27 +303,7 @@ def ack_many(store: "Store", database: Database, given: Sequence[object]) -> Non
             raise TypeError(f"{argument} must be a sqlspace.Delivery, not {kind(delivery)}")
         delivery._ensure_of(store)  # noqa: SLF001
         deliveries.append(delivery)
-    acked: list[Delivery] = []
-
-    def step(connection: Connection) -> Iterable[str]:
-        rings: dict[str, None] = {}
-        for delivery in deliveries:
-            rings.update(dict.fromkeys(delivery._ack_in(connection, [])))  # noqa: SLF001
-            delivery._settled = True  # noqa: SLF001
-            acked.append(delivery)
-        upkeep.prune(connection, database.history(), len(deliveries) + upkeep.PRUNE_ROWS)
-        return rings
-
-    def undo(connection: Connection) -> None:
-        for delivery in acked:
-            entries.unack(connection, delivery._grant)  # noqa: SLF001
-
-    try:
-        database.transact(step, undo=undo)
-    except BaseException:
-        for delivery in acked:
-            delivery._settled = False  # noqa: SLF001
-        raise
+    database.write(_AckAll(deliveries, database.history()))
 
 
 # -- renewing

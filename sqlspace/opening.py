@@ -1,6 +1,7 @@
 """What `sqlspace.open` was told, checked, before anything is touched."""
 
 import os
+from typing import Literal
 
 import apsw
 
@@ -16,7 +17,7 @@ _LONGEST_BUSY_SECONDS = 1_000_000.0  # SQLite counts them in milliseconds, as an
 def options(
     path: object,
     *,
-    sync: bool,
+    sync: object,
     history: int | None,
     embed: bool,
     mode: int,
@@ -41,7 +42,7 @@ def options(
             raise ValueError(f"vfs must name a VFS that is registered, not {vfs!a}")
     return Options(
         path=check_path(path),
-        sync=check_flag(sync, "sync"),
+        sync=_check_sync(sync),
         history=history,
         embed=check_flag(embed, "embed"),
         mode=mode,
@@ -52,6 +53,14 @@ def options(
         vfs=vfs,
         create=create,
     )
+
+
+def _check_sync(sync: object) -> bool | Literal["group"]:
+    if sync == "group" and isinstance(sync, str):
+        return "group"
+    if not isinstance(sync, bool):
+        raise TypeError(f"sync must be True, False or 'group', not {kind(sync)}")
+    return sync
 
 
 def check_path(path: object) -> str:

@@ -18,6 +18,7 @@ from .arguments import (
     check_size,
     check_ttl_micros,
 )
+from .committer import Operation
 from .connection import Connection, run
 from .database import Database
 from .doorbell import room_token
@@ -137,13 +138,15 @@ class Batch(NamedTuple):
 def push(database: Database, wanted: Push) -> int:
     """Add an entry for which there need not be room; its seq."""
     if wanted.dedupe is None:
-        return _push_alone(database, wanted)
-    seq, _ = _push_together(database, wanted)
+        insert = _Insert(database, wanted)
+        database.write(insert)
+        return insert.seq
+    seq, _ = _look_and_add(database, wanted)
     assert seq is not None
     return seq
 
 
-def _push_together(database: Database, wanted: Push) -> tuple[int | None, bool]:
+def _look_and_add(database: Database, wanted: Push) -> tuple[int | None, bool]:
     """Look and add in one transaction; as `Push.add`."""
     seq: int | None = None
     new = False
@@ -166,31 +169,35 @@ def _push_together(database: Database, wanted: Push) -> tuple[int | None, bool]:
     return seq, new
 
 
-def _push_alone(database: Database, wanted: Push) -> int:
-    """One statement, and so a transaction by itself."""
-    key = wanted.key
-    done: list[Any] = []
+class _Insert(Operation):
+    """Adds an entry for which there need not be room, in one statement."""
+
     seq = 0
 
-    def step(connection: Connection) -> Iterable[str]:
-        nonlocal seq
+    def __init__(self, database: Database, wanted: Push) -> None:
+        self.done = []
+        self._database = database
+        self._wanted = wanted
+
+    def step(self, connection: Connection) -> Iterable[str]:
+        wanted = self._wanted
         now = clock.now()
         if wanted.ttl is None and not wanted.delay:
-            run(done, connection, entries.INSERT, (key, wanted.payload, wanted.headers, now))
+            row = (wanted.key, wanted.payload, wanted.headers, now)
+            run(self.done, connection, entries.INSERT, row)
         else:
-            run(done, connection, entries.INSERT_TIMED, wanted.row(now))
-        seq = connection.last_insert_rowid()
+            run(self.done, connection, entries.INSERT_TIMED, wanted.row(now))
+        self.seq = seq = connection.last_insert_rowid()
         if seq % upkeep.PRUNE_EVERY == 0:
-            return (key, *taking.tidy(database, connection))
-        return (key,)
+            return (wanted.key, *taking.tidy(self._database, connection))
+        return (wanted.key,)
 
-    def undo(connection: Connection) -> None:
-        if done:
-            upkeep.erase(connection, key, seq or connection.last_insert_rowid())
-            done.clear()
+    def undo(self, connection: Connection) -> None:
+        upkeep.erase(connection, self._wanted.key, self.seq or connection.last_insert_rowid())
 
-    database.write(step, undo=undo)
-    return seq
+    def retract(self) -> None:
+        super().retract()
+        self.seq = 0
 
 
 def push_when_room(
@@ -200,7 +207,7 @@ def push_when_room(
     token = room_token(wanted.key)
 
     def look(waiter: Waiter, _: bool) -> None:
-        seq, new = _push_together(database, wanted)
+        seq, new = _look_and_add(database, wanted)
         if seq is None:
             return
         waiter.found = seq, new

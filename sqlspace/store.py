@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from . import ageing, browsing, clock, delivery, entries, opening, pushing, rules, taking, upkeep
 from .arguments import (
@@ -620,7 +620,7 @@ class Store:
 def open(
     path: str | os.PathLike[str],
     *,
-    sync: bool = True,
+    sync: bool | Literal["group"] = True,
     history: int | None = 10_000,
     embed: bool = False,
     mode: int = 0o600,

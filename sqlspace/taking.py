@@ -17,7 +17,8 @@ from typing import Any, Generic, TypeVar
 import apsw
 
 from . import ageing, browsing, clock, entries, upkeep
-from .connection import Connection
+from .committer import Operation
+from .connection import Connection, nested, roll_back
 from .database import Database
 from .doorbell import Doorbell, room_token
 from .entries import Grant, Head, Lease
@@ -39,7 +40,7 @@ __all__ = [
 log = logging.getLogger("sqlspace")
 
 
-class Grab:
+class Grab(Operation):
     """One attempt to take the head of the first of `keys` that has one ready.
 
     Args:
@@ -51,6 +52,9 @@ class Grab:
 
     head: Head
     """What was taken. A plain attribute: no Ctrl-C can come between the commit and a look at it."""
+    got = False
+    refusal: Exception | None = None
+    """What `accept` raised."""
 
     def __init__(
         self,
@@ -59,23 +63,25 @@ class Grab:
         waiter: Waiter | None = None,
         accept: Callable[[Head], None] | None = None,
     ) -> None:
+        self.done = []
         self.database = database
         self.keys = keys
-        self.got = False
-        self._waiter = waiter
+        self.besides = waiter
         self._accept = accept
         self._due: str | None = None  # a key for which something has come due
         self._now = 0
-        self._done: list[Any] = []  # not empty once the head was taken
-        self._back: list[Any] = []  # and once it was put back: twice would double what others took
-        self._tokens: list[str] = []
+        self.back: list[Any] = []  # not empty once it was put back: twice would double it
 
     def run(self) -> bool:
         """Make the attempt; whether there was one."""
-        self.database.write(self._step, probe=self._probe, undo=self.undo, besides=self._waiter)
+        self.database.write(self)
+        if self.refusal is not None:
+            raise self.refusal
         return self.got
 
-    def _probe(self, connection: Connection) -> bool:
+    def probe(self, connection: Connection) -> bool:
+        """Look for the head."""
+        self.refusal = None
         return self._find(connection, clock.now())
 
     def _find(self, connection: Connection, now: int, caught: Iterable[str] = ()) -> bool:
@@ -97,37 +103,36 @@ class Grab:
                     return True
                 head = next(iter(entries.heads(connection, key, now, 1)), None)
             if head is not None and not self._is_barred(connection, head):
-                if self._accept is not None:
-                    self._ask(self._accept, connection, head)
                 self.head = head
-                return True
+                return self._accept is None or self._is_accepted(self._accept, head)
         return False
 
-    def _ask(self, accept: Callable[[Head], None], connection: Connection, head: Head) -> None:
-        """Let the caller refuse the head; it must find it where we did, moved if it had died."""
+    def _is_accepted(self, accept: Callable[[Head], None], head: Head) -> bool:
+        """Whether the caller wants it."""
         try:
             accept(head)
-        except Exception:
-            if connection.in_transaction:
-                connection.execute("COMMIT")
-            raise
+        except Exception as error:  # noqa: BLE001  # raised where the attempt was made
+            self.refusal = error
+            return False
+        return True
 
     def _is_barred(self, connection: Connection, head: Head) -> bool:  # noqa: ARG002
         """Whether it may not be taken, though it is ready."""
         return False
 
-    def _step(self, connection: Connection) -> Iterable[str]:
-        self._get(connection)
-        if connection.in_transaction:
-            connection.execute("COMMIT")
-        if not self.got:
-            return self._tokens
+    def step(self, connection: Connection) -> Iterable[str] | None:
+        """Take it if it still is the head, or else what is."""
+        if self.whole and not self._find(connection, clock.now()):
+            return ()
+        tokens = self._get(connection)
+        if tokens is None or not self.got:
+            return tokens
         key = self.head.key
-        tokens = [*self._tokens, *self._rings(key)]
+        tokens += self._rings(key)
         if self.head.seq % upkeep.PRUNE_EVERY == 0:
             tokens += tidy(self.database, connection)
-        if self._waiter is not None:
-            tokens += self._passed_on(connection, self._waiter)
+        if self.besides is not None:
+            tokens += self._passed_on(connection, self.besides)
         return tokens
 
     def _passed_on(self, connection: Connection, waiter: Waiter) -> list[str]:
@@ -142,29 +147,31 @@ class Grab:
             if bell.awaited(key, waiter) and browsing.stands_ready(connection, key)
         ]
 
-    def _get(self, connection: Connection) -> None:
+    def _get(self, connection: Connection) -> list[str] | None:
+        """Tokens of what was caught up with; None if that needs a transaction first."""
+        tokens: list[str] = []
         caught: list[str] = []
         while True:
             if self._due is not None:
-                if not connection.in_transaction:
-                    connection.execute("BEGIN IMMEDIATE")
-                    self._now = clock.now()
-                self._tokens += ageing.catch_up(connection, self._due, self._now)
+                if not self.whole:
+                    self.whole = True
+                    return None
+                tokens += ageing.catch_up(connection, self._due, self._now)
                 caught.append(self._due)
             else:
                 self._mark(connection)
                 self.got = bool(connection.changes())
                 if self.got:
-                    return
-                self._done.clear()  # others were faster, or its time to live is over
+                    return tokens
+                self.done.clear()  # others were faster, or its time to live is over
                 caught.clear()
                 self._now = clock.now()
             if not self._find(connection, self._now, caught):
-                return
+                return tokens
 
     def _mark(self, connection: Connection) -> None:
         """Take the head, if it still is one."""
-        entries.take(self._done, connection, self.head, self._now)
+        entries.take(self.done, connection, self.head, self._now)
 
     def _rings(self, key: str) -> tuple[str, ...]:
         """For whom what was done makes a difference."""
@@ -172,21 +179,40 @@ class Grab:
 
     def undo(self, connection: Connection) -> None:
         """Put it back. Idempotent."""
-        if not self._back and (self.got or (self._done and connection.changes())):
-            entries.put_back(self._back, connection, self.head)
+        # If it was cut off just behind its one statement, it doesn't know yet.
+        got = self.got or (not self.whole and self.done and connection.changes())
+        if got and not self.back:
+            entries.put_back(self.back, connection, self.head)
+
+    def retract(self) -> None:
+        """It was rolled back."""
+        super().retract()
+        self.got = False
 
     def restore(self) -> None:
         """Put it back, when the call that took it raises after all."""
-
-        def step(connection: Connection) -> Iterable[str]:
-            self.undo(connection)
-            return (self.head.key,)
-
+        back = _Return(self)
         try:
-            surely(lambda: self.database.write(step))
+            surely(lambda: self.database.write(back))
         except SpaceError:
             path = self.database.options.path
             log.exception("%s: entry %d could not be put back", path, self.head.seq)
+
+
+class _Return(Operation):
+    """Puts back what was grabbed."""
+
+    def __init__(self, grab: Grab) -> None:
+        super().__init__()
+        self._grab = grab
+
+    def step(self, connection: Connection) -> Iterable[str]:
+        self._grab.undo(connection)
+        return (self._grab.head.key,)
+
+    def retract(self) -> None:
+        super().retract()
+        self._grab.back.clear()
 
 
 D = TypeVar("D")
@@ -217,25 +243,21 @@ class Claim(Grab, Generic[D]):
         super().__init__(database, keys, waiter)
         self._wanted = wanted
         self._deliver = deliver
+        self._grant: Grant | None = None
+        self.whole = wanted.ordered  # else an earlier one might be held between look and lease
 
     def _is_barred(self, connection: Connection, head: Head) -> bool:
         return self._wanted.ordered and entries.blocked(connection, head.key, head.seq, self._now)
-
-    def _get(self, connection: Connection) -> None:
-        if self._wanted.ordered:  # nothing may change between the look and the lease
-            connection.execute("BEGIN IMMEDIATE")
-            if not self._find(connection, clock.now()):
-                return
-        super()._get(connection)
 
     def _mark(self, connection: Connection) -> None:
         wanted = self._wanted
         # The wait for the turn to write is no part of the lease.
         deadline = clock.now() + wanted.micros
         token = os.urandom(16)
-        self._grant = Grant(self.head, token, wanted.micros, deadline, wanted.max_attempts)
-        self.delivery = self._deliver(self._grant)
-        entries.lease(self._done, connection, self._grant)
+        grant = Grant(self.head, token, wanted.micros, deadline, wanted.max_attempts)
+        self.delivery = self._deliver(grant)
+        self._grant = grant
+        entries.lease(self.done, connection, grant)
 
     def _rings(self, key: str) -> tuple[str, ...]:  # noqa: ARG002  # nothing has left
         return ()
@@ -246,8 +268,8 @@ class Claim(Grab, Generic[D]):
         return super()._passed_on(connection, waiter)
 
     def undo(self, connection: Connection) -> None:
-        """Unlease it. Idempotent: the token says whether it still is ours."""
-        if self._done:
+        """Unlease it. Idempotent, for the token says whether it still is ours."""
+        if self._grant is not None:
             entries.unlease(connection, self._grant)
 
 
@@ -256,32 +278,33 @@ def tidy(database: Database, connection: Connection) -> list[str]:
 
     The caller's work is done, and is committed unless a transaction is open.
     """
+
+    def step(connection: Connection) -> list[str]:
+        upkeep.prune(connection, keep)
+        return ageing.expire(connection, clock.now())
+
+    keep = database.history()
+    within = connection.in_transaction
     try:
-        upkeep.prune(connection, database.history())
-        now = clock.now()
-        if not ageing.has_expired(connection, now):
-            return []
-        if connection.in_transaction:
-            return ageing.expire(connection, now)
+        if within:
+            return nested(connection, step)
         connection.execute("BEGIN IMMEDIATE")
-        tokens = ageing.expire(connection, now)
+        tokens = step(connection)
         connection.execute("COMMIT")
     except apsw.Error:  # the next one does it
         log.warning("%s: tidying failed", database.options.path, exc_info=True)
-        if connection.in_transaction:
-            connection.execute("ROLLBACK")
+        if within:
+            if not connection.in_transaction:  # it took the caller's work with it
+                raise
+        else:
+            roll_back(connection)
         return []
     except BaseException:
         # An open transaction would be taken for the caller's own, and nothing be undone.
-        if connection.in_transaction:
-            surely(lambda: _roll_back(connection))
+        if not within:
+            surely(lambda: roll_back(connection))
         raise
     return tokens
-
-
-def _roll_back(connection: Connection) -> None:
-    if connection.in_transaction:
-        connection.execute("ROLLBACK")
 
 
 # -- several at once
@@ -325,6 +348,7 @@ def claim_many(
 
     def step(connection: Connection) -> Iterable[str]:
         now = clock.now()
+        grants.clear()
         rings: list[str] = []
         for key in keys:
             left = limit - len(grants)

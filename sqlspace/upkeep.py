@@ -130,8 +130,8 @@ def compact(database: Database) -> Compaction:
         return ()
 
     while deleted == COMPACT_ROWS:
-        database.write(some)
-    database.write(top)
+        database.transact(some)
+    database.transact(top)
     try:
         database.vacuum()
     except FullError as error:

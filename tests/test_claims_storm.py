@@ -380,14 +380,14 @@ def test_a_claim_counts_the_attempts_that_others_made_while_it_waited(tmp_path):
     with sqlspace.open(path, sync=False) as store, sqlspace.open(path, sync=False) as other:
         seq = store.push("k", b"x")
         turnstile = store._database._session.turnstile
-        enter = turnstile.enter
+        enter = turnstile.try_enter
 
-        def late(deadline):
-            turnstile.enter = enter
+        def late():
+            turnstile.try_enter = enter
             other.claim("k", 0).nack()
-            enter(deadline)
+            return enter()
 
-        turnstile.enter = late
+        turnstile.try_enter = late
         delivery = store.claim("k", 0, max_attempts=2)
         assert (delivery.seq, delivery.attempts) == (seq, 2)
         delivery.nack()
@@ -399,14 +399,14 @@ def test_a_lease_begins_when_it_is_given_and_not_when_it_is_asked_for(tmp_path, 
     with sqlspace.open(tmp_path / "queue.db", sync=False) as store:
         store.push("k", b"x")
         turnstile = store._database._session.turnstile
-        enter = turnstile.enter
+        enter = turnstile.try_enter
         begins = clock.now() + 60_000_000
 
-        def late(deadline):
+        def late():
             monkeypatch.setattr(clock, "now", lambda: begins)
-            enter(deadline)
+            return enter()
 
-        turnstile.enter = late
+        turnstile.try_enter = late
         delivery = store.claim("k", 0, lease=10.0)
         assert delivery.deadline == begins / 1e6 + 10.0
         assert not delivery.lost

@@ -12,7 +12,8 @@ import pytest
 from children import PATIENCE_SECONDS, eventually
 
 import sqlspace
-from sqlspace.errors import BusyError, StoreError
+from sqlspace.errors import BusyError
+from sqlspace.marks import QUEUED_AT
 from sqlspace.turnstile import Turnstile
 
 
@@ -28,28 +29,20 @@ def gate(tmp_path):
     name.touch()
     made = []
 
-    def make():
+    def make(asks=1):
         descriptor = os.open(name, os.O_RDONLY)
-        made.append((Turnstile(descriptor), descriptor))
+        made.append((Turnstile(descriptor, asks), descriptor))
         return made[-1][0]
 
     yield make
     for turnstile, descriptor in made:
         turnstile.leave()
         turnstile.close()
-        helper = turnstile._helper
         os.close(descriptor)
-        if helper is not None:
-            helper.join(PATIENCE_SECONDS)
-            assert not helper.is_alive(), "the helper ends with its turnstile"
 
 
 def soon():
     return time.monotonic() + PATIENCE_SECONDS
-
-
-def in_a_moment():
-    return time.monotonic() + 0.05
 
 
 def is_free(turnstile):
@@ -70,220 +63,98 @@ def is_free(turnstile):
 def test_one_is_inside_at_a_time(gate):
     """Who is inside keeps the others out until it leaves; then the next one goes in."""
     first, second = gate(), gate()
-    first.enter(soon())
-    with pytest.raises(BusyError):
-        second.enter(in_a_moment())
+    assert first.try_enter()
+    assert not second.try_enter()
     second.leave()
+    assert not is_free(first), "who is outside can't let the one inside go"
     first.leave()
-    second.enter(soon())
+    assert second.try_enter()
     assert not is_free(second)
     second.leave()
     assert is_free(second)
 
 
-def test_a_waiting_writer_is_let_in_when_the_other_leaves(gate):
-    """The helper hands over what it got to the thread that waits for it."""
+def test_who_waits_is_let_in_when_the_other_leaves(gate):
+    """A wait ends inside."""
     first, second = gate(), gate()
-    first.enter(soon())
+    assert first.try_enter()
     inside = []
-
-    def wait():
-        second.enter(soon())
-        inside.append(True)
-        second.leave()
-
-    thread = threading.Thread(target=wait)
+    thread = threading.Thread(target=lambda: inside.append(second.wait()))
     thread.start()
-    eventually(lambda: second._pending, "the helper's start")
+    eventually(lambda: is_blocked(first._descriptor), "the wait")
     assert not inside
     first.leave()
     thread.join(PATIENCE_SECONDS)
-    assert inside
-    assert is_free(second)
-
-
-def test_what_comes_too_late_is_given_back(gate):
-    """The helper of a writer that gave up lets the lock go as soon as it gets it."""
-    first, second, third = gate(), gate(), gate()
-    first.enter(soon())
-    with pytest.raises(BusyError):
-        second.enter(in_a_moment())
-    second.leave()
-    assert second._pending, "the helper still waits: flock knows no deadline"
-    first.leave()
-    eventually(lambda: not second._pending, "the helper's return")
-    third.enter(soon())
-    third.leave()
-
-
-def test_a_late_helper_serves_the_next_who_waits(gate):
-    """A writer that comes while an earlier one's helper still waits gets what that brings."""
-    first, second = gate(), gate()
-    first.enter(soon())
-    for _ in range(3):
-        with pytest.raises(BusyError):
-            second.enter(in_a_moment())
-        second.leave()
-    helper = second._helper
-    entered = threading.Event()
-
-    def wait():
-        second.enter(soon())
-        entered.set()
-
-    thread = threading.Thread(target=wait)
-    thread.start()
-    eventually(lambda: second._wanted, "the second's wait")
-    first.leave()
-    assert entered.wait(PATIENCE_SECONDS)
-    thread.join(PATIENCE_SECONDS)
-    assert second._helper is helper, "one helper is enough"
+    assert inside == [True]
     assert not is_free(second)
-    second.leave()
-    assert is_free(second)
 
 
-def test_an_interrupted_wait_leaves_nothing_held(gate, monkeypatch):
-    """Ctrl-C anywhere in the wait: the lock isn't kept, and the next writer gets in."""
-
-    class Cut(BaseException):
-        pass
-
-    for cut_at in ("acquire", "start"):
-        first, second, third = gate(), gate(), gate()
-        first.enter(soon())
-        real = second._granted
-
-        class Interrupted:
-            def acquire(self, *arguments, real=real, **named):
-                if named.get("timeout"):
-                    raise Cut
-                return real.acquire(*arguments, **named)
-
-            def release(self, real=real):
-                real.release()
-
-        with monkeypatch.context() as patch:
-            if cut_at == "acquire":
-                second._granted = Interrupted()
-            else:
-                patch.setattr(threading.Thread, "start", lambda self: (_ for _ in ()).throw(Cut))
-            with pytest.raises(Cut):
-                second.enter(soon())
-            second.leave()
-        second._granted = real
-        first.leave()
-        if cut_at == "acquire":
-            eventually(lambda second=second: not second._pending, "the helper's return")
-        third.enter(soon())
-        third.leave()
-        first.enter(soon())
-        threading.Timer(0.01, first.leave).start()
-        second.enter(soon())
-        second.leave()
-        assert is_free(second)
-
-
-def test_a_stale_grant_lets_nobody_in(gate):
-    """What was handed over to a caller that was interrupted is not taken for the lock later."""
-    first, second = gate(), gate()
-    second._granted.release()
-    first.enter(soon())
-    with pytest.raises(BusyError):
-        second.enter(in_a_moment())
-    second.leave()
+def test_who_comes_back_does_not_overtake_those_who_wait(gate):
+    """The lock is free for a moment while the kernel wakes the next: it is not to be had then."""
+    first, second, third = gate(), gate(), gate()
+    assert first.try_enter()
+    third._marks.hold(QUEUED_AT)
     first.leave()
+    assert is_free(first)
+    assert not first.try_enter()
+    assert not second.try_enter()
+    third._marks.drop(QUEUED_AT)
+    assert second.try_enter()
 
 
-def test_leaving_does_not_let_go_what_the_helper_brings(gate, monkeypatch):
-    """A writer that gave up leaves just as the helper got the lock: the next one really has it."""
+def test_who_got_in_stands_in_nobodys_way_any_more(gate):
+    """The mark of a wait is dropped when it ends."""
     first, second = gate(), gate()
-    first.enter(soon())
-    got, proceed = threading.Event(), threading.Event()
-    flock = fcntl.flock
-
-    def slow(descriptor, operation):
-        flock(descriptor, operation)
-        if threading.current_thread() is second._helper and operation == fcntl.LOCK_EX:
-            got.set()
-            assert proceed.wait(PATIENCE_SECONDS)
-
-    monkeypatch.setattr(fcntl, "flock", slow)
-    with pytest.raises(BusyError):
-        second.enter(in_a_moment())
+    assert first.wait()
     first.leave()
-    assert got.wait(PATIENCE_SECONDS)
-    second.leave()
-    held = []
-
-    def enter():
-        second.enter(soon())
-        held.append(not is_free(second))
-
-    thread = threading.Thread(target=enter)
-    thread.start()
-    eventually(lambda: second._wanted, "the second's wait")
-    proceed.set()
-    thread.join(PATIENCE_SECONDS)
-    assert held == [True]
-    second.leave()
+    assert second.try_enter()
 
 
-def test_no_thread_to_wait_with_is_an_error_and_no_hang(gate, monkeypatch):
-    """A process at its limit of threads gets a StoreError, and can go on when it has room."""
-    first, second = gate(), gate()
-    first.enter(soon())
+def test_it_asks_as_often_as_it_is_told(gate, monkeypatch):
+    """While turns are short, it yields the processor, and asks again."""
+    first, second = gate(), gate(asks=3)
+    assert first.try_enter()
+    yields = []
 
-    def refuse(thread):
-        raise RuntimeError("can't start new thread")
+    def yield_():
+        yields.append(None)
+        if len(yields) == 2:
+            first.leave()
 
-    with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", refuse)
-        with pytest.raises(StoreError):
-            second.enter(soon())
-        second.leave()
-    threading.Timer(0.01, first.leave).start()
-    second.enter(soon())
-    second.leave()
-
-
-def test_no_time_means_one_look(gate):
-    """With a deadline that is over, a taken lock is busy at once, and no helper is sent."""
-    first, second = gate(), gate()
-    second.enter(0.0)
-    with pytest.raises(BusyError):
-        first.enter(0.0)
-    assert first._helper is None
-    second.leave()
+    monkeypatch.setattr(os, "sched_yield", yield_)
+    assert second.try_enter()
+    assert len(yields) == 2
+    assert not first.try_enter(), "and this one asks once"
+    assert len(yields) == 2
 
 
 def test_without_a_wal_everybody_passes():
     """Where there is no real -wal, SQLite's own lock is all there is."""
     turnstile = Turnstile(None)
-    turnstile.enter(0.0)
+    assert turnstile.try_enter()
+    assert turnstile.try_enter()
     turnstile.leave()
     turnstile.close()
-    assert turnstile._helper is None
 
 
-def test_closing_while_the_helper_waits_frees_the_lock_in_the_end(tmp_path):
-    """The lock that a helper gets after the close goes with the descriptor."""
+def test_a_wait_that_outlives_the_turnstile_keeps_no_lock(tmp_path):
+    """The lock that it gets after the close goes with the descriptor."""
     name = tmp_path / "gate"
     name.touch()
     holder = os.open(name, os.O_RDONLY)
     fcntl.flock(holder, fcntl.LOCK_EX)
     descriptor = os.open(name, os.O_RDONLY)
     turnstile = Turnstile(descriptor)
-    with pytest.raises(BusyError):
-        turnstile.enter(in_a_moment())
-    turnstile.leave()
-    helper = turnstile._helper
-    eventually(lambda: is_blocked(holder), "the helper's wait")
+    entered = []
+    thread = threading.Thread(target=lambda: entered.append(turnstile.wait()))
+    thread.start()
+    eventually(lambda: is_blocked(holder), "the wait")
     turnstile.close()
     os.close(descriptor)
     os.close(holder)
-    helper.join(PATIENCE_SECONDS)
-    assert not helper.is_alive()
+    thread.join(PATIENCE_SECONDS)
+    assert entered == [False]
+    assert not turnstile.wait()
     other = os.open(name, os.O_RDONLY)
     fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
     os.close(other)
@@ -331,7 +202,7 @@ FREEZE = {
     "in the turnstile": """
         store = sqlspace.open(argv[0])
         store.push("k", b"before")
-        store._database._session.turnstile.enter(time.monotonic() + 10)
+        store._database._session.turnstile.wait()
         tell("inside")
         hear()
         store._database._session.turnstile.leave()
@@ -349,12 +220,10 @@ FREEZE = {
     "inside its own commit": """
         store = sqlspace.open(argv[0], sync=False)
         def freeze(connection):
-            connection.execute("BEGIN IMMEDIATE")
             tell("inside")
             hear()
-            connection.execute("ROLLBACK")
             return ()
-        store._database.write(freeze)
+        store._database.transact(freeze)
         store.close()
         """,
 }
@@ -425,7 +294,7 @@ def test_ctrl_c_ends_the_wait_for_the_lock_at_once(path, child, lock, verb):
         other = apsw.Connection(path)
         try:
             if lock == "turnstile":
-                turnstile.enter(soon())
+                assert turnstile.wait()
             else:
                 other.execute("BEGIN IMMEDIATE")
             blocked.tell("go")
@@ -454,7 +323,7 @@ def test_two_stores_of_one_process_take_turns(path):
     with sqlspace.open(path, sync=False) as one, sqlspace.open(path, sync=False) as two:
         push_in_threads([one, two], 2, 200)
         assert one.len("k") == two.len("k") == 800
-        one._database._session.turnstile.enter(soon())
+        assert one._database._session.turnstile.wait()
         threading.Timer(0.05, one._database._session.turnstile.leave).start()
         two.push("k", b"waits its turn")
         assert two.len("k") == 801
