@@ -392,10 +392,10 @@ def _some_inside(connection: Connection, key: str, last: int) -> tuple[list[Any]
     size = number = 0
     now = clock.now()
     for seq in itertools.islice(heapq.merge(*seqs), _BATCH_ROWS):
-        row: Any = connection.execute(SELECT_ENTRY, (now, seq, key)).fetchone()
+        found: list[Any] = connection.execute(SELECT_ENTRY, (now, seq, key)).fetchall()
         last = seq
         number += 1
-        if row is not None:  # it may have expired
+        for row in found:  # none, if it has expired
             batch.append(row)
             size += len(row[2])
         if size >= _BATCH_BYTES:

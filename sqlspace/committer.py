@@ -25,7 +25,7 @@ from typing import Any, Protocol
 
 import apsw
 
-from .connection import Connection, nested, run
+from .connection import Connection, nested
 from .errors import StoreError
 from .turnstile import Turnstile
 from .waiting import Waiter, surely
@@ -37,7 +37,6 @@ __all__ = [
     "Seizure",
     "Step",
     "Work",
-    "alone",
     "together",
 ]
 
@@ -147,19 +146,6 @@ class BrokenError(Exception):
         self.error = error
 
 
-def alone(connection: Connection, operation: Operation) -> None:
-    """Carry it out and commit it."""
-    tokens = None
-    if not operation.whole:
-        tokens = operation.step(connection)
-    if tokens is None:
-        connection.execute("BEGIN IMMEDIATE")
-        tokens = operation.step(connection)
-        run(operation.done, connection, "COMMIT", ())
-    assert tokens is not None
-    operation.tokens = tokens
-
-
 def together(connection: Connection, operations: Iterable[Operation]) -> None:
     """Carry them out in the caller's transaction, each by itself: a refusal is that one's alone.
 
@@ -179,7 +165,7 @@ def together(connection: Connection, operations: Iterable[Operation]) -> None:
 
 
 def _within(connection: Connection, operation: Operation) -> Iterable[str]:
-    """Carry it out: a statement that fails changes nothing; several have a savepoint, for 30 %."""
+    # One statement that fails changes nothing, so a savepoint, for 30 %, is for several only.
     tokens = None
     if not operation.whole:
         tokens = operation.step(connection)
@@ -214,7 +200,8 @@ class Committer:
     Attributes:
         lock: Held by whoever uses the writing connection.
         leader: The thread that leads, or has a transaction of its own.
-        carried: What the leader has taken from the queue, and not answered yet.
+        queue: Of operations, in the order they came.
+        carried: What the leader has taken from it, and not answered yet.
     """
 
     def __init__(self, file: File) -> None:
@@ -224,7 +211,7 @@ class Committer:
         self.carried: list[Operation] = []
         self.joined: set[int] = set()  # the threads in the queue
         self._mutex = threading.Lock()  # of the queue
-        self._queue: deque[Operation] = deque()
+        self.queue: deque[Operation] = deque()
         # The helper waits at the turnstile, or has gone in for a seizure; nobody else may enter.
         self.waiting = False
         self._turnstile: Turnstile
@@ -261,7 +248,7 @@ class Committer:
                     self._file.lead(operation)
             finally:
                 self.leader = None
-        if self._queue:
+        if self.queue:
             self._wake_first()
 
     def _join(self, operation: Operation, thread: int) -> None:
@@ -371,10 +358,6 @@ class Committer:
         self._send()
         return False
 
-    def has_joined(self) -> bool:
-        """Whether there is something to `take`; may be late."""
-        return bool(self._queue)
-
     def take(self, own: Operation | None) -> None:
         """Take what is to be committed together into one's own hands: `carried`.
 
@@ -386,9 +369,9 @@ class Committer:
             self.carried = [*first, *self._taken(BATCH_OPERATIONS - len(first))]
 
     def _taken(self, limit: int) -> list[Operation]:
-        taken = [each for each in self._queue if not isinstance(each, Seizure)][:limit]
+        taken = [each for each in self.queue if not isinstance(each, Seizure)][:limit]
         for each in taken:
-            self._queue.remove(each)
+            self.queue.remove(each)
             each.queued = each.awaits = False
             each.carried = True
         return taken
@@ -406,7 +389,7 @@ class Committer:
         with self._mutex:
             if not (operation.queued or operation.carried or operation.finished):
                 operation.queued = True
-                self._queue.append(operation)
+                self.queue.append(operation)
 
     def _withdraw(self, operation: Operation) -> bool:
         """Take it out of the queue; whether it was there."""
@@ -415,21 +398,21 @@ class Committer:
         with self._mutex:
             if not operation.queued:
                 return False
-            self._queue.remove(operation)
+            self.queue.remove(operation)
             operation.queued = operation.awaits = False
             return True
 
     def _wake_first(self) -> None:
         """Wake the first that may lead."""
         with self._mutex:
-            first = next((each for each in self._queue if not each.awaits), None)
+            first = next((each for each in self.queue if not each.awaits), None)
         if first is not None:
             _wake(first)
 
     def wake_all(self) -> None:
         """Wake everybody: there is nothing more to wait for."""
         with self._mutex:
-            everybody = list(self._queue)
+            everybody = list(self.queue)
         for each in everybody:
             _wake(each)
 
@@ -464,7 +447,7 @@ class Committer:
 
     def _serve(self, *, entered: bool) -> None:
         """Commit for those in the queue, or let in the transaction that is the first there."""
-        first = self._queue[0] if self._queue else None
+        first = self.queue[0] if self.queue else None
         if entered and isinstance(first, Seizure):
             self._withdraw(first)
             first.granted = True
@@ -480,7 +463,7 @@ class Committer:
             self._free_all()
 
     def _free_all(self) -> None:
-        for each in self._queue:
+        for each in self.queue:
             each.awaits = False
 
     # -- the end
@@ -494,7 +477,7 @@ class Committer:
 
     def forget(self) -> None:
         """In a forked child: nobody else is there."""
-        waited = [*self._queue, *self.carried]
+        waited = [*self.queue, *self.carried]
         self.__init__(self._file)  # type: ignore[misc]
         for each in waited:  # one may be this thread's, which forked in a signal's handler
             _wake(each)

@@ -46,7 +46,17 @@ if tuple(map(int, apsw.sqlite_lib_version().split("."))) < _SQLITE_NEEDED:
         "earlier ones can lose commits (the WAL-reset bug)"
     )
 
-Connection = apsw.Connection
+
+class Connection(apsw.Connection):
+    """SQLite's, with one cursor for all statements: a new one for each would cost 0.5 to 1.2 µs.
+
+    So each result is fetched whole before the next statement.
+    """
+
+    def __init__(self, path: str, flags: int, vfs: str | None = None) -> None:
+        super().__init__(path, flags, vfs=vfs)
+        self.execute = self.cursor().execute  # type: ignore[method-assign]
+
 
 T = TypeVar("T")
 
@@ -117,7 +127,7 @@ def check_in_place(path: str, *, allow_network: bool, create: bool = True) -> No
         )
 
 
-def open_verified(options: Options) -> apsw.Connection:
+def open_verified(options: Options) -> Connection:
     """Look first, touch then: a connection to a file with our schema, or an error and no change."""
     path = options.path
     if options.vfs is None:
@@ -146,9 +156,9 @@ def open_verified(options: Options) -> apsw.Connection:
     return connection
 
 
-def connect(options: Options, flags: int) -> apsw.Connection:
+def connect(options: Options, flags: int) -> Connection:
     """A connection with our settings, which doesn't checkpoint when it is closed."""
-    connection = apsw.Connection(options.path, flags, vfs=options.vfs)
+    connection = Connection(options.path, flags, options.vfs)
     connection.set_busy_timeout(int(options.busy_timeout * 1000))
     for setting, value in (
         (apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1),

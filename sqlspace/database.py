@@ -28,7 +28,6 @@ from .committer import (
     Seizure,
     Step,
     Work,
-    alone,
     together,
 )
 from .connection import (
@@ -55,7 +54,7 @@ from .errors import (
 )
 from .guard import Guard
 from .identity import Identity
-from .marks import HISTORY_AT, Marks
+from .marks import HISTORY_AT, PRESENT_AT, Marks
 from .turnstile import Turnstile
 from .waiting import surely
 
@@ -90,7 +89,7 @@ class _Session:
         self.connection = open_verified(options)
         self.patience = _Patience()
         self.connection.set_busy_handler(self.patience)
-        self.reader: apsw.Connection | None = None
+        self.reader: Connection | None = None
         self.data_version = 0
         self.booted = False  # whether the commit before the first write is done
         self.wal_descriptor: int | None = None
@@ -108,10 +107,13 @@ class _Session:
             self.syncs = options.sync == "group" and self.wal_descriptor is not None
             if self.syncs:
                 self.connection.pragma("synchronous", "NORMAL")
-            self.turnstile = Turnstile(self.wal_descriptor, 3 if self.syncs else 1)
             self.marks = Marks(self.wal_descriptor)
+            self.turnstile = Turnstile(self.wal_descriptor, self.marks, 3 if self.syncs else 1)
             if options.history is not None:
                 self.marks.hold(HISTORY_AT + options.history)
+            self.marks.hold(PRESENT_AT)
+            self.identity.announce()
+            self.marks.look_around(hears=self.identity.hears)
             file = os.stat(path) if self.wal_descriptor is not None else None
             place = (file.st_dev, file.st_ino) if file else None
             self.guard = Guard(place)
@@ -125,7 +127,7 @@ class _Session:
         self.connection.execute(UPDATE_BOOTS)
         self.booted = True
 
-    def open_reader(self, options: Options) -> apsw.Connection:
+    def open_reader(self, options: Options) -> Connection:
         """The connection for browsing; made when first needed."""
         if self.reader is None:
             reader = connect(options, apsw.SQLITE_OPEN_READWRITE)
@@ -204,9 +206,11 @@ class Database:
             ClosedError, StoreError: nothing happened, unless the error says otherwise.
         """
         thread = threading.get_ident()
-        self._ensure_outside(thread)
+        committer = self._committer
+        if thread in (committer.leader, self._browser) or thread in committer.joined:
+            self._ensure_outside(thread)
         operation.deadline = time.monotonic() + self._busy_timeout
-        self._committer.submit(operation, thread)
+        committer.submit(operation, thread)
         if self.closed:  # by a signal's handler, which had to leave it to us
             self.close()
 
@@ -235,11 +239,16 @@ class Database:
         except apsw.Error as error:
             raise self.mapped(error) from error
         committer = self._committer
-        if committer.enter(session.turnstile, operation):
-            if committer.has_joined():
-                self._commit_together(session, operation)
-            else:
-                self._commit_alone(session, operation)
+        try:
+            if committer.enter(session.turnstile, operation):
+                if committer.queue:
+                    self._commit_together(session, operation)
+                else:
+                    self._commit_alone(session, operation)
+        except BaseException:
+            if not committer.waiting:  # else it is not ours, but the helper's
+                session.turnstile.leave()
+            raise
 
     def serve(self, turnstile: Turnstile) -> None:
         """Inside the turnstile, in the helper's thread: carry out those that have joined."""
@@ -262,11 +271,16 @@ class Database:
             try:
                 if not session.booted:
                     session.boot()
-                alone(session.connection, operation)
+                connection = session.connection
+                tokens = None if operation.whole else operation.step(connection)
+                if tokens is None:
+                    connection.execute("BEGIN IMMEDIATE")
+                    tokens = operation.step(connection)
+                    run(operation.done, connection, "COMMIT", ())
             finally:
                 session.turnstile.leave()
             self._confirm(session)
-            session.bell.ring_all(operation.tokens, operation.besides)
+            session.bell.ring_all(tokens or (), operation.besides)
             operation.finished = True
         except BaseException as error:
             self._take_back(session, error, operation)
@@ -528,7 +542,7 @@ class Database:
         """Copy a consistent state to a new file."""
 
         def step(source: Connection) -> None:
-            copy = Connection(target)
+            copy = apsw.Connection(target)
             try:
                 with copy.backup("main", source, "main") as progress:
                     progress.step()
@@ -663,6 +677,7 @@ class Database:
             moved = f"{self.options.path}: the file was unlinked, replaced or moved underneath"
             self._spoil(MovedError(moved))
             raise MovedError(moved, undecided)
+        session.marks.look_around(hears=session.identity.hears)
 
     def _spoil(self, error: StoreError) -> None:
         """From now on, every verb raises this."""

@@ -321,7 +321,7 @@ def look(connection: Connection, key: str, now: int) -> tuple[Head | None, bool]
 
 def heads(connection: Connection, key: str, now: int, limit: int) -> list[Head]:
     """The first entries of `key` that stand ready in the file."""
-    rows: Any = connection.execute(SELECT_HEADS, (now, key, limit))
+    rows: list[Any] = connection.execute(SELECT_HEADS, (now, key, limit)).fetchall()
     return [Head(*row) for row in rows]
 
 

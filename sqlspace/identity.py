@@ -88,6 +88,7 @@ class _Sentry:
 _ATTRIB = 0x004
 _DELETE_SELF = 0x400
 _MOVE_SELF = 0x800
+_OPEN = 0x020
 
 _LOOK_AGAIN_SECONDS = 1.0
 
@@ -128,12 +129,16 @@ class Identity:
         self._numbers: list[int] = []
         watched = True
         for path in paths:
-            number = sentry.watch(path, _ATTRIB | _DELETE_SELF | _MOVE_SELF, self)
+            # Who opens the -wal, the last of them, may be one more to share the store.
+            mask = _ATTRIB | _DELETE_SELF | _MOVE_SELF | (_OPEN if path == paths[-1] else 0)
+            number = sentry.watch(path, mask, self)
             watched = watched and number is not None
             if number is not None:
                 self._numbers.append(number)
         # What can't be watched is looked at each time.
         self._always = self.alarmed = not watched
+        self.hears = bool(paths) and watched
+        """Whether it is alarmed when somebody announces that the store is open elsewhere too."""
         self._found = [(path, _identify(path)) for path in paths]
 
     def stands(self) -> bool:
@@ -150,6 +155,11 @@ class Identity:
             return True
         self.alarmed = True
         return False
+
+    def announce(self) -> None:
+        """Alarm all others that have the store open."""
+        if self._found:
+            os.close(os.open(self._found[-1][0], os.O_RDONLY | os.O_CLOEXEC))
 
     def close(self) -> None:
         """Watch no more."""

@@ -11,8 +11,9 @@ POSIX locks for the whole process.
 import fcntl
 import struct
 
-__all__ = ["HISTORY_AT", "QUEUED_AT", "WAITING_AT", "Marks"]
+__all__ = ["HISTORY_AT", "PRESENT_AT", "QUEUED_AT", "WAITING_AT", "Marks"]
 
+PRESENT_AT = 1 << 58  # somebody has the store open
 QUEUED_AT = 1 << 59  # somebody waits at the turnstile
 HISTORY_AT = 1 << 60  # + the history a store keeps
 WAITING_AT = 1 << 61  # + a hash of what is waited for, + the waiting process (see doorbell)
@@ -23,10 +24,24 @@ _SUPPORTED = hasattr(fcntl, "F_OFD_GETLK")
 
 
 class Marks:
-    """The marks of one open descriptor of a -wal file; None or no such locks: there are none."""
+    """The marks of one open descriptor of a -wal file; None or no such locks: there are none.
+
+    Attributes:
+        alone: Whether no other has the store open, as last seen: then nothing is asked for.
+    """
 
     def __init__(self, descriptor: int | None) -> None:
         self._descriptor = descriptor if _SUPPORTED else None
+        self.alone = False
+
+    def look_around(self, *, hears: bool) -> None:
+        """See whether others have the store open.
+
+        Args:
+            hears: Whether the caller will hear of it when somebody comes.
+        """
+        self.alone = False
+        self.alone = hears and self._descriptor is not None and self.find(_PRESENT) is None
 
     def hold(self, offset: int) -> None:
         """Set a mark; it shares its byte with others' marks."""
@@ -41,7 +56,7 @@ class Marks:
 
         Of several, the kernel names any, not the first: see `smallest`.
         """
-        if self._descriptor is None:
+        if self.alone or self._descriptor is None:
             return None
         answer = fcntl.fcntl(self._descriptor, fcntl.F_OFD_GETLK, question)
         if answer.startswith(_NOBODY):
@@ -68,3 +83,6 @@ class Marks:
         if self._descriptor is not None:
             lock = _FLOCK.pack(kind, 0, offset, 1, 0)
             fcntl.fcntl(self._descriptor, fcntl.F_OFD_SETLK, lock)
+
+
+_PRESENT = Marks.ask(PRESENT_AT, 1)

@@ -85,7 +85,7 @@ def _expected(version: int) -> frozenset[SchemaObject]:
 
 
 def _objects(connection: apsw.Connection) -> list[SchemaObject]:
-    rows: Any = connection.execute(SELECT_OBJECTS)
+    rows: list[Any] = connection.execute(SELECT_OBJECTS).fetchall()
     return [SchemaObject(*map(_text, row)) for row in rows]
 
 

@@ -80,8 +80,8 @@ class Store:
     ) -> int:
         """Add an entry behind all others of `key`.
 
-        When this returns the entry is committed, with sync=True on the disk: a power cut leaves it
-        there, once, in its place.
+        When this returns the entry is committed, and unless sync=False on the disk: a power cut
+        leaves it there, once, in its place.
 
         Args:
             key: 1 to 1,024 bytes in UTF-8, no NUL.
@@ -633,8 +633,11 @@ def open(
     Args:
         path: Of the file; resolved once, so a later chdir changes nothing.
         sync: True: what a verb has done is on the disk when it returns (`PRAGMA synchronous=FULL`).
+            "group": the same promise, with fsyncs that processes share, for several that write at
+            once. What a verb returns is on the disk; but others can see an entry (`peek`, `len`,
+            `wait`) a moment before it is. Who takes one has it on the disk first, and its taking.
             False (`NORMAL`): a crash of the process loses nothing, a power cut may lose the newest
-            entries, the file never corrupts.
+            entries, the file never corrupts. Threads share their commits in any case.
         history: How many tombstones of taken entries the file keeps, over all keys: 0 none, None
             all. Of several stores that have the file open, the smallest number counts.
         embed: Whether the file may be another application's database. It is switched to WAL and
@@ -644,7 +647,8 @@ def open(
         allow_network: Whether the file may lie on a network file system, where several machines
             that have it open would corrupt it.
         vfs: The name of an apsw VFS to open through. Without a real -wal beside the path there is
-            neither doorbell nor turnstile: waiting polls, and SQLite's lock isn't fair.
+            no doorbell, turnstile or "group": waiting polls, SQLite's lock isn't fair, and each
+            commit has its fsync.
 
     Raises:
         StoreError: and by kind: CorruptError, damaged or no database; SchemaError, another

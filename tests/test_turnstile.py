@@ -13,7 +13,7 @@ from children import PATIENCE_SECONDS, eventually
 
 import sqlspace
 from sqlspace.errors import BusyError
-from sqlspace.marks import QUEUED_AT
+from sqlspace.marks import QUEUED_AT, Marks
 from sqlspace.turnstile import Turnstile
 
 
@@ -31,7 +31,7 @@ def gate(tmp_path):
 
     def make(asks=1):
         descriptor = os.open(name, os.O_RDONLY)
-        made.append((Turnstile(descriptor, asks), descriptor))
+        made.append((Turnstile(descriptor, Marks(descriptor), asks), descriptor))
         return made[-1][0]
 
     yield make
@@ -130,7 +130,7 @@ def test_it_asks_as_often_as_it_is_told(gate, monkeypatch):
 
 def test_without_a_wal_everybody_passes():
     """Where there is no real -wal, SQLite's own lock is all there is."""
-    turnstile = Turnstile(None)
+    turnstile = Turnstile(None, Marks(None))
     assert turnstile.try_enter()
     assert turnstile.try_enter()
     turnstile.leave()
@@ -144,7 +144,7 @@ def test_a_wait_that_outlives_the_turnstile_keeps_no_lock(tmp_path):
     holder = os.open(name, os.O_RDONLY)
     fcntl.flock(holder, fcntl.LOCK_EX)
     descriptor = os.open(name, os.O_RDONLY)
-    turnstile = Turnstile(descriptor)
+    turnstile = Turnstile(descriptor, Marks(descriptor))
     entered = []
     thread = threading.Thread(target=lambda: entered.append(turnstile.wait()))
     thread.start()
