@@ -10,7 +10,9 @@ stores beside the one that hands the entry on, with no call between them, so tha
 either all of it done or nothing. All else (dead entries in the deques and in the heap, empty bags)
 is swept up afterwards, by the same call or, if that was cut off, by a later one.
 
-A key exists as a `_Bag` for as long as something stands or waits under it, and not longer.
+A key exists for as long as something stands or waits under it, and not longer. Under most keys
+nobody waits and nothing has a ttl or ever came back from a taker: such a key is a plain list of its
+values. All others are a `_Bag`, whose values are wrapped in entries when they have to be.
 """
 
 import heapq
@@ -18,47 +20,77 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
+from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, final
 
-from .arguments import check_key, check_keys, check_ttl
+from .arguments import check_key, check_keys, check_timeout, check_ttl, good_keys
 from .errors import ClosedError
-from .space import Context
+from .space import Context, check_context
 from .waiting import MISSING, Waiter, surely, wait
 
 __all__ = ["Local"]
 
+# A key's values are a list at first, which is made without a call and takes 88 bytes; a deque takes
+# 0.1 µs and 760 bytes. Taking the head of a list moves the others, so a long one becomes a deque.
+_LONG = 64
 
+
+@final
 class _Entry:
-    __slots__ = ("bag", "expires", "live", "number", "returned", "value")
+    __slots__ = ("bag", "expires", "key", "live", "number", "returned", "value")
 
-    def __init__(self, value: Any, expires: float | None) -> None:
+    def __init__(self, key: str, value: Any, expires: float | None, number: int = 0) -> None:
+        self.key = key
         self.value = value
         self.expires = expires  # on the monotonic clock
+        self.number = number  # its place among those that were ever taken, 0 if it was not
         self.live = False  # it stands in its bag, neither taken nor expired
         self.returned = False  # taken, but by a call that raised: another stands in its place
-        self.number = 0  # its place: entries of a key stand in this order
         self.bag: _Bag
 
 
+@final
 class _Bag:
-    """What stands and who waits under one key."""
+    """What stands and who waits under one key; its length is the number of live entries."""
 
     __slots__ = ("count", "drainers", "entries", "key", "readers", "takers")
 
-    def __init__(self, key: str) -> None:
+    def __init__(self, key: str, values: Iterable[Any] = ()) -> None:
         self.key = key
-        self.entries: deque[_Entry] = deque()  # the first of them is live
-        self.count = 0  # of the live ones
+        self.entries: deque[Any] = deque(values)  # or bare values; the first of them is live
+        self.count = len(self.entries)  # of the live ones
         self.takers: OrderedDict[Waiter, None] = OrderedDict()
         self.readers: dict[Waiter, None] = {}
         self.drainers: dict[Waiter, None] = {}
 
+    def __len__(self) -> int:
+        return self.count
+
     def head(self) -> _Entry:
         """The first live entry of a bag that has one."""
-        while not self.entries[0].live:  # left by a call that was cut off
+        self.skip_dead()  # left by a call that was cut off
+        head = self.entries[0]
+        if type(head) is _Entry:
+            return head
+        entry = _Entry(self.key, head, None)
+        entry.bag, entry.live = self, True
+        self.entries[0] = entry
+        return entry
+
+    def skip_dead(self) -> None:
+        """Let go the dead at the head."""
+        while self.entries and _dead(self.entries[0]):
             self.entries.popleft()
-        return self.entries[0]
+
+    def insert(self, entry: _Entry) -> None:
+        """Have an entry that was taken stand in its place: before all that never were."""
+        place = 0
+        for other in self.entries:
+            if type(other) is not _Entry or not 0 < other.number < entry.number:
+                break
+            place += 1
+        self.entries.insert(place, entry)
 
     def show(self, value: Any) -> None:
         """Give all readers what they wait for."""
@@ -94,10 +126,11 @@ class Local:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._bags: dict[str, _Bag] = {}
+        self._bags: dict[str, _Bag | list[Any] | deque[Any]] = {}  # the last two are never empty
         self._closed = False
-        self._number = 0  # the last that was given
+        self._number = 0  # of the entry that was taken last
         # A heap of (when, a number that keeps it from comparing entries, entry).
+        self._pushed = 0
         self._expiries: list[tuple[float, int, _Entry]] = []
         self._taken_early = 0  # how many in it were taken before they expired
 
@@ -113,13 +146,22 @@ class Local:
             value: Any object, None and falsy ones included.
             ttl: Seconds until the entry is gone if nobody takes it; None or infinity: never.
         """
-        if type(key) is not str or key not in self._bags:
+        if type(key) is not str or key not in good_keys:
             key = check_key(key)
-        entry = _Entry(value, None if ttl is None else _expiry(ttl))
+        expires = None if ttl is None else _expiry(ttl)
         with self._lock:
             _expired = self._sweep() if self._expiries else None
-            if not self._closed:
-                self._add(key, entry)
+            if self._closed:
+                return
+            bag = self._bags.get(key)
+            if expires is not None or type(bag) is _Bag:
+                self._add(self._bag(key), _Entry(key, value, expires))
+            elif bag is None:
+                self._bags[key] = [value]
+            else:
+                bag.append(value)
+                if len(bag) == _LONG:
+                    self._bags[key] = deque(bag)
 
     def put(self, key: str, value: Any, *, ttl: float | None = None) -> None:
         """Make `value` the one entry of `key`, in place of all that it held, in one step.
@@ -130,20 +172,24 @@ class Local:
             ttl: As in `out`.
         """
         key = check_key(key)
-        entry = _Entry(value, _expiry(ttl))
+        expires = _expiry(ttl)
         with self._lock:
             _expired = self._sweep()
             if self._closed:
                 return
             old = self._bags.get(key)
-            if old is None or not old.count:
-                self._add(key, entry)
+            if expires is None and type(old) is not _Bag:
+                self._bags[key] = [value]
+                return
+            if not old:
+                self._add(self._bag(key), _Entry(key, value, expires))
                 return
             new = _Bag(key)
-            new.readers, new.drainers = old.readers, old.drainers
-            self._add(key, entry, bag=new)
+            if type(old) is _Bag:
+                new.readers, new.drainers = old.readers, old.drainers
+            self._add(new, _Entry(key, value, expires))
             self._bags[key] = new
-            _replaced = self._bury_all(old)
+            _replaced = self._bury_all(old) if type(old) is _Bag else old
 
     def out_if_empty(self, key: str, value: Any) -> bool:
         """Add `value` if `key` holds no entry, in one step; whether it was added."""
@@ -151,9 +197,12 @@ class Local:
         with self._lock:
             _expired = self._sweep()
             bag = self._bags.get(key)
-            if self._closed or (bag is not None and bag.count):
+            if self._closed or bag:
                 return False
-            self._add(key, _Entry(value, None))
+            if type(bag) is _Bag:
+                self._add(bag, _Entry(key, value, None))
+            else:
+                self._bags[key] = [value]
             return True
 
     # -- taking and reading
@@ -169,7 +218,12 @@ class Local:
         Raises:
             ClosedError, CanceledError, DeadlineError: asked for in this order; nothing was taken.
         """
-        entry = self._in([check_key(key)], timeout, context)
+        key = check_key(key)
+        if self._may_take(timeout, context):  # 1.0 µs for out and in_, not 3.9
+            value = Local.inp(self, key, MISSING)
+            if value is not MISSING:
+                return value
+        entry = self._in([key], timeout, context)
         # The heap may hold the entry on. No call from here, so that no Ctrl-C loses the value.
         value, entry.value = entry.value, None
         return value
@@ -184,7 +238,7 @@ class Local:
         """
         entry = self._in(check_keys(keys), timeout, context)
         value, entry.value = entry.value, None
-        return entry.bag.key, value
+        return entry.key, value
 
     def rd(self, key: str, timeout: float | None = None, *, context: Context | None = None) -> Any:
         """Return the head of `key` and leave it there, waiting for one; raises as `in_`."""
@@ -196,10 +250,8 @@ class Local:
                 if waiter.found is not MISSING:  # out() has put it there
                     return
                 _expired = self._sweep()
-                bag = self._bags.get(key)
-                if bag is not None and bag.count:
-                    waiter.found = bag.head().value
-                elif enroll:
+                waiter.found = self._peek(key)
+                if enroll and waiter.found is MISSING:
                     self._bag(key).readers[waiter] = None
 
         return self._wait(look, [key], timeout, context)
@@ -214,11 +266,10 @@ class Local:
             with self._lock:
                 self._ensure_open()
                 _expired = self._sweep()
-                bag = self._bags.get(key)
-                if bag is None or not bag.count:
+                if not self._bags.get(key):
                     waiter.found = None
                 elif enroll:
-                    bag.drainers[waiter] = None
+                    self._bag(key).drainers[waiter] = None
 
         def horizon() -> float | None:
             with self._lock:  # no later than the first entry of this key that expires
@@ -228,27 +279,39 @@ class Local:
 
     def inp(self, key: str, default: Any = None) -> Any:
         """Take the head of `key`, or return `default`; never waits."""
-        if type(key) is not str or key not in self._bags:
+        if type(key) is not str or key not in good_keys:
             key = check_key(key)
-        taken = None
+        entry, number = None, 0  # what was taken: an entry, or a bare value and its number
         try:
             with self._lock:
                 _expired = self._sweep() if self._expiries else None
                 bag = self._bags.get(key)
-                if bag is None or not bag.count:
+                if bag is None:
                     return default
-                entry = bag.head()
-                entry.live, taken = False, entry
-                bag.count -= 1
-                self._let_go(bag, entry)
+                if type(bag) is not _Bag:
+                    number = self._number = self._number + 1
+                    value = bag[0]
+                    del bag[0]  # popleft() would be a call, and Ctrl-C lose what it returns
+                    if not bag:
+                        del self._bags[key]
+                elif bag.count:
+                    head = self._head(bag)
+                    head.live, entry = False, head
+                    bag.count -= 1
+                    self._let_go(bag, head)
+                else:
+                    return default
         except BaseException:  # Ctrl-C
-            if taken is not None:
+            if number or entry is not None:
                 try:
-                    surely(lambda: self._give_back(entry))
+                    entry = entry or _Entry(key, value, None, number)
+                    surely(partial(self._give_back, entry))
                 except (KeyboardInterrupt, SystemExit):  # on the way into it
-                    surely(lambda: self._give_back(entry))
+                    entry = entry or _Entry(key, value, None, number)
+                    surely(partial(self._give_back, entry))
             raise
-        value, taken.value = taken.value, None
+        if entry is not None:
+            value, entry.value = entry.value, None
         return value
 
     def rdp(self, key: str, default: Any = None) -> Any:
@@ -256,8 +319,8 @@ class Local:
         key = check_key(key)
         with self._lock:
             _expired = self._sweep()
-            bag = self._bags.get(key)
-            return bag.head().value if bag is not None and bag.count else default
+            value = self._peek(key)
+        return default if value is MISSING else value
 
     # -- looking
 
@@ -267,13 +330,13 @@ class Local:
         with self._lock:
             _expired = self._sweep()
             bag = self._bags.get(key)
-            return bag.count if bag is not None else 0
+            return 0 if bag is None else len(bag)
 
     def keys(self) -> list[str]:
         """The keys that hold at least one entry, sorted."""
         with self._lock:
             _expired = self._sweep()
-            return sorted(key for key, bag in self._bags.items() if bag.count)
+            return sorted(key for key, bag in self._bags.items() if bag)
 
     # -- closing
 
@@ -281,9 +344,7 @@ class Local:
         """End every wait with `ClosedError`; idempotent. What stands here can still be probed."""
         with self._lock:
             self._closed = True
-            for bag in self._bags.values():
-                for waiter in (*bag.takers, *bag.readers, *bag.drainers):
-                    waiter.wake()
+            self._wake_all()
 
     def __enter__(self) -> Self:
         return self
@@ -298,18 +359,32 @@ class Local:
 
     # -- waits
 
+    def _may_take(self, timeout: float | None, context: Context | None) -> bool:
+        """Check the bounds of a wait; whether its first look would take."""
+        check_timeout(timeout)
+        check_context(context)
+        return not self._closed and (context is None or not context.canceled)
+
     def _in(self, keys: list[str], timeout: float | None, context: Context | None) -> _Entry:
         """Take from the first of `keys` that has an entry."""
 
         def take(waiter: Waiter) -> None:
             for key in keys:
                 bag = self._bags.get(key)
-                if bag is not None and bag.count:
-                    entry = bag.head()
+                if not bag:
+                    continue
+                if type(bag) is _Bag:
+                    entry = self._head(bag)
                     entry.live, waiter.found = False, entry
                     bag.count -= 1
                     self._let_go(bag, entry)
-                    return
+                else:
+                    self._number += 1
+                    waiter.found = _Entry(key, bag[0], None, self._number)
+                    del bag[0]
+                    if not bag:
+                        del self._bags[key]
+                return
 
         def queue(waiter: Waiter) -> None:
             for key in keys:
@@ -336,10 +411,9 @@ class Local:
         with self._lock:
             if taken.returned:
                 return
-            back = _Entry(taken.value, taken.expires)
-            back.number = taken.number
+            back = _Entry(taken.key, taken.value, taken.expires, taken.number)
             if back.expires is None or back.expires > time.monotonic():
-                self._add(taken.bag.key, back, origin=taken)
+                self._add(self._bag(back.key), back, origin=taken)
             taken.value = None
 
     def _wait(
@@ -355,7 +429,7 @@ class Local:
         def forget(waiter: Waiter) -> None:
             for key in keys:
                 bag = self._bags.get(key)
-                if bag is not None:
+                if type(bag) is _Bag:
                     bag.takers.pop(waiter, None)
                     bag.readers.pop(waiter, None)
                     bag.drainers.pop(waiter, None)
@@ -377,15 +451,35 @@ class Local:
 
     # -- what is done under the lock
 
+    def _wake_all(self) -> None:
+        for bag in self._bags.values():
+            if type(bag) is _Bag:
+                for waiter in (*bag.takers, *bag.readers, *bag.drainers):
+                    waiter.wake()
+
     def _ensure_open(self) -> None:
         if self._closed:
             raise ClosedError("the Local is closed")
 
-    def _bag(self, key: str) -> _Bag:
+    def _peek(self, key: str) -> Any:
         bag = self._bags.get(key)
-        if bag is None:
-            bag = self._bags[key] = _Bag(key)
+        if type(bag) is _Bag:
+            return bag.head().value if bag.count else MISSING
+        return MISSING if bag is None else bag[0]
+
+    def _bag(self, key: str) -> _Bag:
+        """The key's bag, made from its list if it has none."""
+        bag = self._bags.get(key)
+        if type(bag) is not _Bag:
+            bag = self._bags[key] = _Bag(key, bag or ())
         return bag
+
+    def _head(self, bag: _Bag) -> _Entry:
+        """The head of a bag that has one, numbered, to be taken."""
+        head = bag.head()
+        if not head.number:
+            self._number = head.number = self._number + 1
+        return head
 
     def _tidy(self, bag: _Bag) -> None:
         """Forget the bag if nothing stands and nobody waits in it."""
@@ -394,26 +488,20 @@ class Local:
         ):
             del self._bags[bag.key]
 
-    def _add(
-        self, key: str, entry: _Entry, *, bag: _Bag | None = None, origin: _Entry | None = None
-    ) -> None:
+    def _add(self, bag: _Bag, entry: _Entry, *, origin: _Entry | None = None) -> None:
         """Hand the entry to a taker, or have it stand in its place; show it to the readers.
 
         Args:
-            key: Of the entry.
+            bag: Where to.
             entry: New, or with the number of its origin.
-            bag: Where to; if None, the key's.
             origin: The entry in whose place it comes back.
         """
-        if bag is None:
-            bag = self._bag(key)
         entry.bag = bag
         value = entry.value
-        if origin is None:
-            self._number += 1
-            entry.number = self._number
         taker = bag.longest_waiting() if bag.takers else None
         if taker is not None:
+            if origin is None:
+                self._number = entry.number = self._number + 1
             taker.found = entry
             if origin is not None:
                 origin.returned = True
@@ -421,21 +509,22 @@ class Local:
             del bag.takers[taker]
         else:
             if entry.expires is not None:
-                self._number += 1
-                heapq.heappush(self._expiries, (entry.expires, self._number, entry))
+                self._pushed += 1
+                heapq.heappush(self._expiries, (entry.expires, self._pushed, entry))
                 for drainer in bag.drainers:  # their horizon may have come nearer
                     drainer.wake()
             if origin is None:
                 bag.entries.append(entry)
             else:
-                before = sum(other.number < entry.number for other in bag.entries)
-                bag.entries.insert(before, entry)
+                bag.insert(entry)
             entry.live = True
             bag.count += 1
             if origin is not None:
                 origin.returned = True
         if bag.readers:
             bag.show(value)
+        if taker is not None:
+            self._tidy(bag)  # so that what comes before the taker wakes stands in a plain list
 
     def _let_go(self, bag: _Bag, entry: _Entry) -> None:
         """Clean up behind an entry that was taken."""
@@ -446,13 +535,13 @@ class Local:
 
     def _bury_all(self, bag: _Bag) -> list[Any]:
         """Bury all that is live in a bag; what must be let go outside of the lock."""
-        return [self._bury(gone) for gone in bag.entries if gone.live]
+        return [self._bury(one) if type(one) is _Entry else one for one in bag.entries]
 
     def _bury(self, entry: _Entry) -> Any:
         """The value of an entry that was replaced."""
         value, entry.value = entry.value, None
-        entry.live = False
-        if entry.expires is not None:
+        live, entry.live = entry.live, False
+        if live and entry.expires is not None:
             self._taken_early += 1
             self._trim()
         return value
@@ -466,10 +555,8 @@ class Local:
 
     def _settle(self, bag: _Bag) -> None:
         """Let go the dead at the head, and tell those who wait for the key to be empty."""
-        entries = bag.entries
-        while entries and not entries[0].live:
-            entries.popleft()
-        if not entries:
+        bag.skip_dead()
+        if not bag.entries:
             for drainer in bag.drainers:
                 drainer.wake()
             self._tidy(bag)
@@ -490,10 +577,15 @@ class Local:
             elif self._taken_early:
                 self._taken_early -= 1
             if len(bag.entries) > 2 * bag.count:
-                bag.entries = deque(other for other in bag.entries if other.live)
+                bag.entries = deque(one for one in bag.entries if not _dead(one))
             self._settle(bag)
             heapq.heappop(self._expiries)
         return values
+
+
+def _dead(standing: Any) -> bool:
+    """Whether what stands in a bag, an entry or a bare value, was taken or has expired."""
+    return type(standing) is _Entry and not standing.live
 
 
 def _expiry(ttl: float | None) -> float | None:
