@@ -19,7 +19,7 @@ import heapq
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from types import TracebackType
 from typing import Any, Self, final
@@ -34,20 +34,23 @@ __all__ = ["Local"]
 # A key's values are a list at first, which is made without a call and takes 88 bytes; a deque takes
 # 0.1 µs and 760 bytes. Taking the head of a list moves the others, so a long one becomes a deque.
 _LONG = 64
+_Line = list[Any] | deque[Any]
+
+
+# What was taken: its value, key, number and end. Emptied when it is put back. It is a list because
+# that is made without a call, so that Ctrl-C can't strike between the taking and the making.
+_Taken = list[Any]
 
 
 @final
 class _Entry:
-    __slots__ = ("bag", "expires", "key", "live", "number", "returned", "value")
+    __slots__ = ("expires", "live", "number", "value")
 
-    def __init__(self, key: str, value: Any, expires: float | None, number: int = 0) -> None:
-        self.key = key
+    def __init__(self, value: Any, expires: float | None = None, number: int = 0) -> None:
         self.value = value
         self.expires = expires  # on the monotonic clock
         self.number = number  # its place among those that were ever taken, 0 if it was not
         self.live = False  # it stands in its bag, neither taken nor expired
-        self.returned = False  # taken, but by a call that raised: another stands in its place
-        self.bag: _Bag
 
 
 @final
@@ -56,10 +59,10 @@ class _Bag:
 
     __slots__ = ("count", "drainers", "entries", "key", "readers", "takers")
 
-    def __init__(self, key: str, values: Iterable[Any] = ()) -> None:
+    def __init__(self, key: str, entries: _Line) -> None:
         self.key = key
-        self.entries: deque[Any] = deque(values)  # or bare values; the first of them is live
-        self.count = len(self.entries)  # of the live ones
+        self.entries = entries  # or bare values; the first of them is live
+        self.count = len(entries)  # of the live ones
         self.takers: OrderedDict[Waiter, None] = OrderedDict()
         self.readers: dict[Waiter, None] = {}
         self.drainers: dict[Waiter, None] = {}
@@ -73,15 +76,20 @@ class _Bag:
         head = self.entries[0]
         if type(head) is _Entry:
             return head
-        entry = _Entry(self.key, head, None)
-        entry.bag, entry.live = self, True
+        entry = _Entry(head)
+        entry.live = True
         self.entries[0] = entry
         return entry
 
     def skip_dead(self) -> None:
         """Let go the dead at the head."""
         while self.entries and _dead(self.entries[0]):
-            self.entries.popleft()
+            del self.entries[0]
+
+    def append(self, entry: _Entry) -> None:
+        if len(self.entries) == _LONG:
+            self.entries = deque(self.entries)
+        self.entries.append(entry)
 
     def insert(self, entry: _Entry) -> None:
         """Have an entry that was taken stand in its place: before all that never were."""
@@ -126,12 +134,12 @@ class Local:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._bags: dict[str, _Bag | list[Any] | deque[Any]] = {}  # the last two are never empty
+        self._bags: dict[str, _Bag | _Line] = {}  # the last are never empty
         self._closed = False
         self._number = 0  # of the entry that was taken last
-        # A heap of (when, a number that keeps it from comparing entries, entry).
+        # A heap of (when, a number that keeps it from comparing entries, entry, its bag).
         self._pushed = 0
-        self._expiries: list[tuple[float, int, _Entry]] = []
+        self._expiries: list[tuple[float, int, _Entry, _Bag]] = []
         self._taken_early = 0  # how many in it were taken before they expired
 
     # -- adding
@@ -154,8 +162,10 @@ class Local:
             if self._closed:
                 return
             bag = self._bags.get(key)
-            if expires is not None or type(bag) is _Bag:
-                self._add(self._bag(key), _Entry(key, value, expires))
+            if type(bag) is _Bag:
+                self._add(bag, value, expires)
+            elif expires is not None:
+                self._add(self._bag(key), value, expires)
             elif bag is None:
                 self._bags[key] = [value]
             else:
@@ -182,12 +192,12 @@ class Local:
                 self._bags[key] = [value]
                 return
             if not old:
-                self._add(self._bag(key), _Entry(key, value, expires))
+                self._add(self._bag(key), value, expires)
                 return
-            new = _Bag(key)
+            new = _Bag(key, [])
             if type(old) is _Bag:
                 new.readers, new.drainers = old.readers, old.drainers
-            self._add(new, _Entry(key, value, expires))
+            self._add(new, value, expires)
             self._bags[key] = new
             _replaced = self._bury_all(old) if type(old) is _Bag else old
 
@@ -200,7 +210,7 @@ class Local:
             if self._closed or bag:
                 return False
             if type(bag) is _Bag:
-                self._add(bag, _Entry(key, value, None))
+                self._add(bag, value, None)
             else:
                 self._bags[key] = [value]
             return True
@@ -218,15 +228,14 @@ class Local:
         Raises:
             ClosedError, CanceledError, DeadlineError: asked for in this order; nothing was taken.
         """
-        key = check_key(key)
-        if self._may_take(timeout, context):  # 1.0 µs for out and in_, not 3.9
+        if type(key) is not str or key not in good_keys:
+            key = check_key(key)
+        if key in self._bags and self._may_take(timeout, context):
             value = Local.inp(self, key, MISSING)
             if value is not MISSING:
                 return value
-        entry = self._in([key], timeout, context)
-        # The heap may hold the entry on. No call from here, so that no Ctrl-C loses the value.
-        value, entry.value = entry.value, None
-        return value
+        taken = self._in([key], timeout, context, enroll=True)
+        return taken[0]  # no call from here, so that no Ctrl-C loses it
 
     def in_any(
         self, keys: Iterable[str], timeout: float | None = None, *, context: Context | None = None
@@ -236,9 +245,8 @@ class Local:
         Returns:
             The key, and the value taken from it.
         """
-        entry = self._in(check_keys(keys), timeout, context)
-        value, entry.value = entry.value, None
-        return entry.key, value
+        taken = self._in(check_keys(keys), timeout, context)
+        return taken[1], taken[0]
 
     def rd(self, key: str, timeout: float | None = None, *, context: Context | None = None) -> Any:
         """Return the head of `key` and leave it there, waiting for one; raises as `in_`."""
@@ -254,7 +262,14 @@ class Local:
                 if enroll and waiter.found is MISSING:
                     self._bag(key).readers[waiter] = None
 
-        return self._wait(look, [key], timeout, context)
+        return wait(
+            look,
+            leave=partial(self._leave, [key]),
+            restore=lambda _waiter: None,
+            ensure_open=self._ensure_open,
+            timeout=timeout,
+            context=context,
+        )
 
     def nrd(
         self, key: str, timeout: float | None = None, *, context: Context | None = None
@@ -275,43 +290,49 @@ class Local:
             with self._lock:  # no later than the first entry of this key that expires
                 return self._expiries[0][0] - time.monotonic() if self._expiries else None
 
-        self._wait(look, [key], timeout, context, horizon=horizon)
+        wait(
+            look,
+            leave=partial(self._leave, [key]),
+            restore=lambda _waiter: None,
+            ensure_open=self._ensure_open,
+            timeout=timeout,
+            context=context,
+            horizon=horizon,
+        )
 
     def inp(self, key: str, default: Any = None) -> Any:
         """Take the head of `key`, or return `default`; never waits."""
         if type(key) is not str or key not in good_keys:
             key = check_key(key)
-        entry, number = None, 0  # what was taken: an entry, or a bare value and its number
+        number, expires = 0, None  # of what was taken
         try:
             with self._lock:
                 _expired = self._sweep() if self._expiries else None
                 bag = self._bags.get(key)
-                if bag is None:
-                    return default
                 if type(bag) is not _Bag:
+                    if bag is None:
+                        return default
                     number = self._number = self._number + 1
                     value = bag[0]
-                    del bag[0]  # popleft() would be a call, and Ctrl-C lose what it returns
+                    del bag[0]  # popleft() would be a call
                     if not bag:
                         del self._bags[key]
                 elif bag.count:
                     head = self._head(bag)
-                    head.live, entry = False, head
+                    value, number, expires = head.value, head.number, head.expires
+                    head.value, head.live = None, False
                     bag.count -= 1
                     self._let_go(bag, head)
                 else:
                     return default
         except BaseException:  # Ctrl-C
-            if number or entry is not None:
+            if number:
+                taken = [value, key, number, expires]
                 try:
-                    entry = entry or _Entry(key, value, None, number)
-                    surely(partial(self._give_back, entry))
+                    surely(partial(self._give_back, taken))
                 except (KeyboardInterrupt, SystemExit):  # on the way into it
-                    entry = entry or _Entry(key, value, None, number)
-                    surely(partial(self._give_back, entry))
+                    surely(partial(self._give_back, taken))
             raise
-        if entry is not None:
-            value, entry.value = entry.value, None
         return value
 
     def rdp(self, key: str, default: Any = None) -> Any:
@@ -365,89 +386,55 @@ class Local:
         check_context(context)
         return not self._closed and (context is None or not context.canceled)
 
-    def _in(self, keys: list[str], timeout: float | None, context: Context | None) -> _Entry:
-        """Take from the first of `keys` that has an entry."""
-
-        def take(waiter: Waiter) -> None:
-            for key in keys:
-                bag = self._bags.get(key)
-                if not bag:
-                    continue
-                if type(bag) is _Bag:
-                    entry = self._head(bag)
-                    entry.live, waiter.found = False, entry
-                    bag.count -= 1
-                    self._let_go(bag, entry)
-                else:
-                    self._number += 1
-                    waiter.found = _Entry(key, bag[0], None, self._number)
-                    del bag[0]
-                    if not bag:
-                        del self._bags[key]
-                return
-
-        def queue(waiter: Waiter) -> None:
-            for key in keys:
-                self._bag(key).takers[waiter] = None
-
-        def look(waiter: Waiter, enroll: bool) -> None:
-            with self._lock:
-                self._ensure_open()
-                if waiter.found is not MISSING:  # out() has handed it over
-                    return
-                _expired = self._sweep() if self._expiries else None
-                take(waiter)
-                if enroll and waiter.found is MISSING:
-                    queue(waiter)
-
-        def restore(waiter: Waiter) -> None:
-            self._give_back(waiter.found)
-
-        found: _Entry = self._wait(look, keys, timeout, context, restore=restore)
-        return found
-
-    def _give_back(self, taken: _Entry) -> None:
-        """Put what a call took, and will not return, back in its place. Idempotent."""
-        with self._lock:
-            if taken.returned:
-                return
-            back = _Entry(taken.key, taken.value, taken.expires, taken.number)
-            if back.expires is None or back.expires > time.monotonic():
-                self._add(self._bag(back.key), back, origin=taken)
-            taken.value = None
-
-    def _wait(
+    def _in(
         self,
-        look: Callable[[Waiter, bool], None],
         keys: list[str],
         timeout: float | None,
         context: Context | None,
         *,
-        restore: Callable[[Waiter], None] = lambda _waiter: None,
-        horizon: Callable[[], float | None] = lambda: None,
-    ) -> Any:
-        def forget(waiter: Waiter) -> None:
-            for key in keys:
-                bag = self._bags.get(key)
-                if type(bag) is _Bag:
-                    bag.takers.pop(waiter, None)
-                    bag.readers.pop(waiter, None)
-                    bag.drainers.pop(waiter, None)
-                    self._tidy(bag)
+        enroll: bool = False,
+    ) -> _Taken:
+        """Take from the first of `keys` that has an entry."""
 
-        def leave(waiter: Waiter) -> None:
+        def look(waiter: Waiter, enroll: bool) -> None:
+            if waiter.found is not MISSING:  # out() has handed it over
+                return
             with self._lock:
-                forget(waiter)
+                self._ensure_open()
+                if waiter.found is MISSING:
+                    _expired = self._sweep() if self._expiries else None
+                    self._take(keys, waiter, enroll)
 
-        return wait(
+        taken: _Taken = wait(
             look,
-            leave=leave,
-            restore=restore,
+            leave=partial(self._leave, keys),
+            restore=self._restore,
             ensure_open=self._ensure_open,
             timeout=timeout,
             context=context,
-            horizon=horizon,
+            enroll=enroll,
         )
+        return taken
+
+    def _restore(self, waiter: Waiter) -> None:
+        self._give_back(waiter.found)
+
+    def _give_back(self, taken: _Taken) -> None:
+        """Put what a call took, and will not return, back in its place. Idempotent."""
+        with self._lock:
+            if not taken:
+                return
+            value, key, _, expires = taken
+            if expires is None or expires > time.monotonic():
+                self._add(self._bag(key), value, expires, back=taken)
+            else:
+                del taken[:]
+
+    def _leave(self, keys: list[str], waiter: Waiter) -> None:
+        for key in keys:
+            if key in self._bags:  # mostly it is gone with the waiter that was served
+                with self._lock:
+                    self._forget(key, waiter)
 
     # -- what is done under the lock
 
@@ -471,7 +458,7 @@ class Local:
         """The key's bag, made from its list if it has none."""
         bag = self._bags.get(key)
         if type(bag) is not _Bag:
-            bag = self._bags[key] = _Bag(key, bag or ())
+            bag = self._bags[key] = _Bag(key, bag or [])
         return bag
 
     def _head(self, bag: _Bag) -> _Entry:
@@ -488,43 +475,79 @@ class Local:
         ):
             del self._bags[bag.key]
 
-    def _add(self, bag: _Bag, entry: _Entry, *, origin: _Entry | None = None) -> None:
-        """Hand the entry to a taker, or have it stand in its place; show it to the readers.
+    def _add(
+        self, bag: _Bag, value: Any, expires: float | None, *, back: _Taken | None = None
+    ) -> None:
+        """Hand a value to a taker, or have it stand in its place; show it to the readers.
 
         Args:
             bag: Where to.
-            entry: New, or with the number of its origin.
-            origin: The entry in whose place it comes back.
+            value: Of a new entry, or of one that comes back.
+            expires: Its end.
+            back: How it was taken, if it comes back.
         """
-        entry.bag = bag
-        value = entry.value
         taker = bag.longest_waiting() if bag.takers else None
         if taker is not None:
-            if origin is None:
-                self._number = entry.number = self._number + 1
-            taker.found = entry
-            if origin is not None:
-                origin.returned = True
+            if back is None:
+                number = self._number = self._number + 1
+                taker.found = [value, bag.key, number, expires]
+            else:
+                taker.found = back[:]
+                del back[:]
             taker.wake()
             del bag.takers[taker]
         else:
-            if entry.expires is not None:
+            entry = _Entry(value, expires)
+            if expires is not None:
                 self._pushed += 1
-                heapq.heappush(self._expiries, (entry.expires, self._pushed, entry))
+                heapq.heappush(self._expiries, (expires, self._pushed, entry, bag))
                 for drainer in bag.drainers:  # their horizon may have come nearer
                     drainer.wake()
-            if origin is None:
-                bag.entries.append(entry)
+            if back is None:
+                bag.append(entry)
             else:
+                entry.number = back[2]
                 bag.insert(entry)
             entry.live = True
             bag.count += 1
-            if origin is not None:
-                origin.returned = True
+            if back is not None:
+                del back[:]
         if bag.readers:
             bag.show(value)
         if taker is not None:
             self._tidy(bag)  # so that what comes before the taker wakes stands in a plain list
+
+    def _take(self, keys: list[str], waiter: Waiter, enroll: bool) -> None:
+        """Give the waiter the head of the first key that has one; else enroll it, if asked to."""
+        for key in keys:
+            bag = self._bags.get(key)
+            if type(bag) is not _Bag:
+                if bag is None:
+                    continue
+                number = self._number = self._number + 1
+                waiter.found = [bag[0], key, number, None]
+                del bag[0]
+                if not bag:
+                    del self._bags[key]
+                return
+            if bag.count:
+                head = self._head(bag)
+                waiter.found = [head.value, key, head.number, head.expires]
+                head.value, head.live = None, False
+                bag.count -= 1
+                self._let_go(bag, head)
+                return
+        if enroll:
+            for key in keys:
+                self._bag(key).takers[waiter] = None
+
+    def _forget(self, key: str, waiter: Waiter) -> None:
+        bag = self._bags.get(key)
+        if type(bag) is _Bag:
+            bag.takers.pop(waiter, None)
+            bag.readers.pop(waiter, None)
+            bag.drainers.pop(waiter, None)
+            self._tidy(bag)
 
     def _let_go(self, bag: _Bag, entry: _Entry) -> None:
         """Clean up behind an entry that was taken."""
@@ -568,8 +591,7 @@ class Local:
         now = time.monotonic()
         values = []
         while self._expiries and self._expiries[0][0] <= now:
-            entry = self._expiries[0][2]
-            bag = entry.bag
+            _, _, entry, bag = self._expiries[0]
             if entry.live:
                 values.append(entry.value)
                 entry.live, entry.value = False, None
