@@ -5,20 +5,21 @@ has no entries, a key that has entries has no takers, and nobody who comes later
 between. Every state change happens under the one lock, and values are let go outside of it, for
 their destructors may call in again.
 
-An entry is there while it is `live`, and the bag's `count` says how many are. Both change in plain
-stores beside the one that hands the entry on, with no call between them, so that Ctrl-C finds
-either all of it done or nothing. All else (dead entries in the deques and in the heap, empty bags)
-is swept up afterwards, by the same call or, if that was cut off, by a later one.
-
 A key exists for as long as something stands or waits under it, and not longer. Under most keys
-nobody waits and nothing has a ttl or ever came back from a taker: such a key is a plain list of its
-values. All others are a `_Bag`, whose values are wrapped in entries when they have to be.
+nobody waits, nothing has a ttl, and nothing came back from a taker: such a key is a plain list of
+its values, and `out` and `inp` do no more than append and take the first. All others are a `_Bag`.
+
+What stands in a bag is there while it is `live`, or a bare value, and the bag's `count` says how
+many are. Whoever takes from a list or a bag does so in plain stores and deletions beside the one
+that hands the value on, with no call between them (so `del line[0]`, never `popleft`), and Ctrl-C
+finds either all of it done or nothing. All else (dead entries in the bags and in the heap, empty
+bags) is swept up afterwards, by the same call or, if that was cut off, by a later one.
 """
 
 import heapq
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterable
 from functools import partial
 from types import TracebackType
@@ -31,14 +32,13 @@ from .waiting import MISSING, Waiter, surely, wait
 
 __all__ = ["Local"]
 
-# A key's values are a list at first, which is made without a call and takes 88 bytes; a deque takes
+# A line of values is a list at first, which is made without a call, in 88 bytes; a deque takes
 # 0.1 µs and 760 bytes. Taking the head of a list moves the others, so a long one becomes a deque.
-_LONG = 64
 _Line = list[Any] | deque[Any]
+_LONG = 64
 
-
-# What was taken: its value, key, number and end. Emptied when it is put back. It is a list because
-# that is made without a call, so that Ctrl-C can't strike between the taking and the making.
+# What was taken: its value, key, number and end; emptied when it is put back. A list is made
+# without a call.
 _Taken = list[Any]
 
 
@@ -61,9 +61,11 @@ class _Bag:
 
     def __init__(self, key: str, entries: _Line) -> None:
         self.key = key
-        self.entries = entries  # or bare values; the first of them is live
+        self.entries = entries  # entries and bare values; the first of them is live
         self.count = len(entries)  # of the live ones
-        self.takers: OrderedDict[Waiter, None] = OrderedDict()
+        # In the order they came. The first of 1,000 is found in 0.4 µs; an OrderedDict finds it in
+        # 0.1, but costs every wait 0.1 more.
+        self.takers: dict[Waiter, None] = {}
         self.readers: dict[Waiter, None] = {}
         self.drainers: dict[Waiter, None] = {}
 
@@ -87,7 +89,7 @@ class _Bag:
             del self.entries[0]
 
     def append(self, entry: _Entry) -> None:
-        if len(self.entries) == _LONG:
+        if len(self.entries) >= _LONG and type(self.entries) is list:
             self.entries = deque(self.entries)
         self.entries.append(entry)
 
@@ -138,8 +140,8 @@ class Local:
         self._closed = False
         self._number = 0  # of the entry that was taken last
         # A heap of (when, a number that keeps it from comparing entries, entry, its bag).
-        self._pushed = 0
         self._expiries: list[tuple[float, int, _Entry, _Bag]] = []
+        self._pushed = 0  # the last such number
         self._taken_early = 0  # how many in it were taken before they expired
 
     # -- adding
@@ -162,7 +164,7 @@ class Local:
             if self._closed:
                 return
             bag = self._bags.get(key)
-            if type(bag) is _Bag:
+            if type(bag) is _Bag:  # with a bag for every key, out and inp took 2.0 µs, not 0.8
                 self._add(bag, value, expires)
             elif expires is not None:
                 self._add(self._bag(key), value, expires)
@@ -231,10 +233,10 @@ class Local:
         if type(key) is not str or key not in good_keys:
             key = check_key(key)
         if key in self._bags and self._may_take(timeout, context):
-            value = Local.inp(self, key, MISSING)
+            value = Local.inp(self, key, MISSING)  # with out 1.0 µs; by a wait it took 3.9
             if value is not MISSING:
                 return value
-        taken = self._in([key], timeout, context, enroll=True)
+        taken = self._in([key], timeout, context, enroll=timeout != 0)
         return taken[0]  # no call from here, so that no Ctrl-C loses it
 
     def in_any(
@@ -314,7 +316,7 @@ class Local:
                         return default
                     number = self._number = self._number + 1
                     value = bag[0]
-                    del bag[0]  # popleft() would be a call
+                    del bag[0]
                     if not bag:
                         del self._bags[key]
                 elif bag.count:
@@ -381,7 +383,7 @@ class Local:
     # -- waits
 
     def _may_take(self, timeout: float | None, context: Context | None) -> bool:
-        """Check the bounds of a wait; whether its first look would take."""
+        """Check the bounds of a wait; whether it may take what it finds at once."""
         check_timeout(timeout)
         check_context(context)
         return not self._closed and (context is None or not context.canceled)

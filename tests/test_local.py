@@ -504,6 +504,16 @@ def test_a_wait_that_timed_out_for_an_empty_key_leaves_nothing_behind(space, par
     assert space._bags == {}
 
 
+@pytest.mark.parametrize("verb", ["in_", "rd", "nrd"])
+def test_a_wait_of_no_time_enrolls_nowhere(space, monkeypatch, verb):
+    """Nothing is handed to a call that doesn't wait, so nothing has to come back from it."""
+    if verb == "nrd":
+        space.out("k", 1)
+    monkeypatch.setattr(space, "_bag", lambda key: pytest.fail(f"it enrolls at {key}"))
+    with pytest.raises(DeadlineError):
+        getattr(space, verb)("k", 0)
+
+
 @pytest.mark.parametrize("end", ["cancel", "close"])
 def test_entries_handed_to_waits_that_raise_go_back_to_their_places(space, parks, end):
     """Whichever of several such waits ends first, the key's order stays as it was."""
