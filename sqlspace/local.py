@@ -74,19 +74,22 @@ class _Bag:
 
     def head(self) -> _Entry:
         """The first live entry of a bag that has one."""
-        self.skip_dead()  # left by a call that was cut off
         head = self.entries[0]
-        if type(head) is _Entry:
+        if type(head) is not _Entry:
+            entry = _Entry(head)
+            entry.live = True
+            self.entries[0] = entry
+            return entry
+        if head.live:
             return head
-        entry = _Entry(head)
-        entry.live = True
-        self.entries[0] = entry
-        return entry
+        self.skip_dead()  # left by a call that was cut off
+        return self.head()
 
     def skip_dead(self) -> None:
         """Let go the dead at the head."""
-        while self.entries and _dead(self.entries[0]):
-            del self.entries[0]
+        entries = self.entries
+        while entries and type(entries[0]) is _Entry and not entries[0].live:
+            del entries[0]
 
     def append(self, entry: _Entry) -> None:
         if len(self.entries) >= _LONG and type(self.entries) is list:
@@ -601,15 +604,12 @@ class Local:
             elif self._taken_early:
                 self._taken_early -= 1
             if len(bag.entries) > 2 * bag.count:
-                bag.entries = deque(one for one in bag.entries if not _dead(one))
+                bag.entries = deque(
+                    one for one in bag.entries if type(one) is not _Entry or one.live
+                )
             self._settle(bag)
             heapq.heappop(self._expiries)
         return values
-
-
-def _dead(standing: Any) -> bool:
-    """Whether what stands in a bag, an entry or a bare value, was taken or has expired."""
-    return type(standing) is _Entry and not standing.live
 
 
 def _expiry(ttl: float | None) -> float | None:
