@@ -24,6 +24,7 @@ __all__ = [
     "check_timeout",
     "check_ttl",
     "check_ttl_micros",
+    "good_keys",
     "kind",
     "nameable",
     "shown",
@@ -35,7 +36,7 @@ ROW_BYTES = 1_000_000_000  # SQLite's default limit of a row (SQLITE_MAX_LENGTH)
 # The longest duration in the file, 1,000 years: twice as much, counted from any clock, fits int64.
 LONGEST_MICROS = 31_557_600_000_000_000
 
-_good_keys: set[str] = set()  # those checked before
+good_keys: set[str] = set()  # those checked before; it saves a call to ask it before check_key
 _GOOD_KEYS = 4096
 
 # The row's other columns at their longest, those included that it gets later: a dedupe of 1,024
@@ -60,11 +61,12 @@ def shown(value: object) -> str:
 
 def check_key(key: object, argument: str = "key") -> str:
     """A key: a str of 1 to 1,024 bytes in UTF-8, no NUL, no lone surrogate."""
-    if type(key) is str and key in _good_keys:
+    if type(key) is not str:
+        if not isinstance(key, str):
+            raise TypeError(f"{argument} must be str, not {kind(key)}")
+        key = str.__str__(key)  # a subclass may answer the questions below as it likes
+    if key in good_keys:
         return key
-    if not isinstance(key, str):
-        raise TypeError(f"{argument} must be str, not {kind(key)}")
-    key = str.__str__(key)  # first of all: a subclass may answer the questions below as it likes
     try:
         size = len(key.encode())
     except UnicodeEncodeError:
@@ -75,9 +77,9 @@ def check_key(key: object, argument: str = "key") -> str:
         raise ValueError(f"{argument} must be at most {KEY_BYTES:,} bytes in UTF-8, not {size:,}")
     if "\0" in key:
         raise ValueError(f"{argument} must not hold a NUL character: {shown(key)}")
-    if len(_good_keys) >= _GOOD_KEYS:
-        _good_keys.clear()
-    _good_keys.add(key)
+    if len(good_keys) >= _GOOD_KEYS:
+        good_keys.clear()
+    good_keys.add(key)
     return key
 
 

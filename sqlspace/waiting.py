@@ -60,7 +60,7 @@ class Waiter:
 
     def park(self, seconds: float) -> bool:
         """Sleep until woken, for `seconds` at most; whether it was woken."""
-        return self._latch.acquire(timeout=seconds)
+        return self._latch.acquire(True, seconds)  # noqa: FBT003  # by name 0.28 µs, not 0.15
 
 
 def surely(step: Callable[[], None]) -> BaseException | None:
@@ -88,6 +88,7 @@ def wait(
     context: Context | None,
     park: Callable[[Waiter, float], object] = Waiter.park,
     horizon: Callable[[], float | None] = lambda: None,
+    enroll: bool = False,
 ) -> Any:
     """Wait until `look` has put something into the waiter's `found`, and return that.
 
@@ -101,6 +102,7 @@ def wait(
         context: Another bound, or None.
         park: How the thread sleeps.
         horizon: Seconds until something is to be seen that nobody will ring for, or None.
+        enroll: Whether to enroll at the first look, for it is known to find nothing.
 
     Raises:
         ClosedError, CanceledError, DeadlineError: in this order; what `look` raises.
@@ -109,7 +111,6 @@ def wait(
     check_context(context)
     deadline = nearer_end(seconds, context)
     waiter = Waiter()
-    enroll = False  # most waits find something at the first look, and need not enroll
     try:
         if context is not None:
             context._register(waiter)  # noqa: SLF001  # Context and its waits are one piece

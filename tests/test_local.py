@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from sqlspace import CanceledError, ClosedError, Context, DeadlineError, Local
-from sqlspace.waiting import MISSING, Waiter, wait
+from sqlspace.waiting import MISSING, Waiter, surely, wait
 
 LIMIT_SECONDS = 30.0  # for what must come; nothing waits so long unless it is broken
 
@@ -144,6 +144,19 @@ def test_what_put_replaced_no_longer_counts_when_its_ttl_ends(space, clock):
     assert (space.len("k"), space._bags, space._expiries) == (0, {}, [])
 
 
+@pytest.mark.parametrize(("before", "after"), [(None, 5), (5, None)])
+def test_put_replaces_what_never_ends_by_what_does_and_the_reverse(space, clock, before, after):
+    """Only the ttl of what was put last counts."""
+    for number in range(3):
+        space.out("k", number, ttl=before)
+    space.put("k", "it", ttl=after)
+    assert (space.len("k"), space.rdp("k")) == (1, "it")
+    clock.now += 5
+    assert space.len("k") == (0 if after else 1)
+    assert drain(space, "k") == ([] if after else ["it"])
+    assert space._bags == {}
+
+
 def test_put_hands_its_value_to_a_waiting_taker(space, parks):
     """A taker that waits gets what is put, and the key is empty afterwards."""
     taker = block(parks, space.in_, "k")
@@ -185,6 +198,41 @@ def test_of_many_out_if_empty_at_once_one_wins(space):
 
     calls = [Call("race", race) for _ in range(8)]
     assert sorted(call.result() for call in calls) == [False] * 7 + [True]
+
+
+@pytest.mark.parametrize("ttl", [None, 60])
+def test_a_key_stays_in_order_however_long_it_becomes(space, ttl):
+    """FIFO and the count hold over hundreds of entries, and when one with a ttl comes between."""
+    for number in range(300):
+        space.out("k", number, ttl=ttl if number == 150 else None)
+        assert space.len("k") == number + 1
+    assert [space.inp("k") for _ in range(100)] == list(range(100))
+    assert [space.in_any(["k"]) for _ in range(50)] == [("k", n) for n in range(100, 150)]
+    for number in range(300, 400):
+        space.out("k", number)
+    assert (space.len("k"), space.rdp("k")) == (250, 150)
+    assert drain(space, "k") == list(range(150, 400))
+    assert space._bags == {}
+
+
+def test_a_key_whose_takers_are_served_is_as_cheap_as_one_that_never_had_any(space, parks):
+    """Between a taker's service and its waking, entries stand as bare values in a list."""
+    gate = threading.Lock()
+    park = wait.__kwdefaults__["park"]
+
+    def slow_to_wake(waiter: Waiter, seconds: float) -> None:
+        park(waiter, seconds)
+        with gate:
+            pass
+
+    wait.__kwdefaults__["park"] = slow_to_wake
+    with gate:
+        taker = block(parks, space.in_, "k")
+        space.out("k", 0)
+        space.out("k", 1)
+        assert space._bags == {"k": [1]}
+    assert taker.result() == 0
+    assert space._bags == {"k": [1]}
 
 
 def test_in_any_takes_from_the_first_listed_key_that_has_an_entry(space):
@@ -456,6 +504,16 @@ def test_a_wait_that_timed_out_for_an_empty_key_leaves_nothing_behind(space, par
     assert space._bags == {}
 
 
+@pytest.mark.parametrize("verb", ["in_", "rd", "nrd"])
+def test_a_wait_of_no_time_enrolls_nowhere(space, monkeypatch, verb):
+    """Nothing is handed to a call that doesn't wait, so nothing has to come back from it."""
+    if verb == "nrd":
+        space.out("k", 1)
+    monkeypatch.setattr(space, "_bag", lambda key: pytest.fail(f"it enrolls at {key}"))
+    with pytest.raises(DeadlineError):
+        getattr(space, verb)("k", 0)
+
+
 @pytest.mark.parametrize("end", ["cancel", "close"])
 def test_entries_handed_to_waits_that_raise_go_back_to_their_places(space, parks, end):
     """Whichever of several such waits ends first, the key's order stays as it was."""
@@ -613,6 +671,7 @@ class Talkative:
         self.space.out("log", "gone")
 
 
+@pytest.mark.parametrize("ttl", [5, None])
 @pytest.mark.parametrize("elapsed", [0, 10], ids=["live", "expired"])
 @pytest.mark.parametrize(
     "verb",
@@ -630,12 +689,12 @@ class Talkative:
     ],
     ids=["in_any", "inp", "rd", "rdp", "out", "put", "out_if_empty", "nrd", "len", "keys"],
 )
-def test_destructors_of_values_may_call_in(clock, verb, elapsed):
+def test_destructors_of_values_may_call_in(clock, verb, elapsed, ttl):
     """Values are let go outside of the lock, so their destructors don't deadlock."""
     space = Local()
     space.out("end", 1)
     for _ in range(3):
-        space.out("k", Talkative(space), ttl=5)
+        space.out("k", Talkative(space), ttl=ttl)
     clock.now += elapsed
     Call("verb", verb, space).result()
     space.put("k", 1)
@@ -740,22 +799,66 @@ TAKES: dict[str, Callable[[Local, Context], Any]] = {
 @pytest.mark.parametrize(
     "gaps", [(), (7,), (20,), (60,)], ids=lambda gaps: f"{len(gaps) + 1} {gaps}"
 )
-@pytest.mark.parametrize("ttl", [None, 60])
+@pytest.mark.parametrize(
+    ("ttl", "standing"),
+    [(None, 1), (None, 3), (None, 70), (60, 3)],
+    ids=["one", "a few", "many", "with a ttl"],
+)
 @pytest.mark.parametrize("take", TAKES.values(), ids=TAKES.keys())
-def test_ctrl_c_anywhere_in_a_take_neither_loses_nor_doubles_an_entry(take, ttl, gaps):
+def test_ctrl_c_anywhere_in_a_take_neither_loses_nor_doubles_an_entry(take, ttl, standing, gaps):
     """A take that is interrupted has taken nothing: its entry is returned, or is in its place."""
     for steps in every_step(*gaps):
         space, context = Local(), Context()
-        for number in range(3):
+        for number in range(standing):
             space.out("k", number, ttl=ttl)
         value, goes_on = interrupted(lambda s=space, c=context: take(s, c), *steps)
-        left = [0, 1, 2] if value is MISSING else [1, 2]
+        left = list(range(0 if value is MISSING else 1, standing))
         assert value in (MISSING, 0)
         assert (space.len("k"), drain(space, "k")) == (len(left), left), f"at {steps}"
         assert (space._bags, context._waiting) == ({}, {}), f"at {steps}"
         assert not space._lock.locked()
         if not goes_on:
             return
+
+
+def test_what_ctrl_c_makes_inp_give_back_goes_behind_what_was_taken_before(monkeypatch, parks):
+    """Takes that give back do so in the order in which they took, whichever does so first."""
+    park = wait.__kwdefaults__["park"]
+    given_back = 0
+    for steps in every_step():
+        space, context, gate = Local(), Context(), threading.Lock()
+
+        def slow_to_wake(waiter: Waiter, seconds: float, gate=gate) -> None:
+            park(waiter, seconds)
+            with gate:
+                pass
+
+        wait.__kwdefaults__["park"] = slow_to_wake
+        gate.acquire()
+        taker = block(parks, space.in_, "k", context=context)
+        for number in range(3):
+            space.out("k", number)
+        context.cancel()
+
+        def after_the_taker(step: Callable[[], None], gate=gate, taker=taker) -> None:
+            nonlocal given_back
+            given_back += 1
+            gate.release()
+            with pytest.raises(CanceledError):
+                taker.result()
+            surely(step)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("sqlspace.local.surely", after_the_taker)
+            value, goes_on = interrupted(lambda space=space: space.inp("k"), *steps)
+        if gate.locked():
+            gate.release()
+            with pytest.raises(CanceledError):
+                taker.result()
+        assert drain(space, "k") == ([0, 1, 2] if value is MISSING else [0, 2]), f"at {steps}"
+        if not goes_on:
+            break
+    assert given_back
 
 
 @pytest.mark.parametrize("canceled", [False, True])
@@ -834,20 +937,25 @@ def test_ctrl_c_is_never_swallowed():
             return
 
 
-@pytest.mark.parametrize("ttl", [None, 60])
-@pytest.mark.parametrize("verb", ["out", "put"])
-def test_ctrl_c_anywhere_in_an_out_adds_the_entry_once_or_not(verb, ttl):
+@pytest.mark.parametrize(
+    ("ttl", "ttl_standing"), [(None, None), (60, 60), (60, None), (None, 60)], ids=str
+)
+@pytest.mark.parametrize(
+    ("verb", "standing"), [("out", 0), ("out", 2), ("out", 63), ("put", 0), ("put", 2)]
+)
+def test_ctrl_c_anywhere_in_an_out_adds_the_entry_once_or_not(verb, ttl, ttl_standing, standing):
     """An interrupted out or put has happened wholly or not at all, and the space goes on."""
+    before = list(range(standing))
     for steps in every_step():
         space = Local()
-        space.out("k", 0, ttl=ttl)
-        space.out("k", 1, ttl=ttl)
+        for number in before:
+            space.out("k", number, ttl=ttl_standing)
         add = getattr(space, verb)
-        _, goes_on = interrupted(lambda add=add: add("k", 2, ttl=ttl), *steps)
-        space.out("k", 3)
-        left = drain(space, "k")
-        assert left in ([0, 1, 3], [2, 3] if verb == "put" else [0, 1, 2, 3]), f"at {steps}"
-        assert space.len("k") == 0
+        _, goes_on = interrupted(lambda add=add: add("k", "it", ttl=ttl), *steps)
+        space.out("k", "next")
+        there = ["it"] if verb == "put" else [*before, "it"]
+        assert drain(space, "k") in ([*before, "next"], [*there, "next"]), f"at {steps}"
+        assert space._bags == {}, f"at {steps}"
         if not goes_on:
             return
 
