@@ -393,14 +393,12 @@ class Committer:
 
     def _withdraw(self, operation: Operation) -> bool:
         """Take it out of the queue; whether it was there."""
-        if not operation.queued:
-            return False
         with self._mutex:
-            if not operation.queued:
-                return False
-            self.queue.remove(operation)
-            operation.queued = operation.awaits = False
-            return True
+            queued = operation.queued
+            if queued:
+                self.queue.remove(operation)
+                operation.queued = operation.awaits = False
+            return queued
 
     def _wake_first(self) -> None:
         """Wake the first that may lead."""

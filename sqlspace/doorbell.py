@@ -209,6 +209,11 @@ class Doorbell:
                 return self._wake(room_token(key), besides)
             return self._wake(key if token.startswith(_TURN) else token, besides)
 
+    def hear(self, token: str) -> bool:
+        """The same, when it was rung for by another process."""
+        self._marks.alone = False
+        return self.wake(token)
+
     def _wake(self, token: str, besides: Waiter | None) -> bool:
         for waiter in self._readers.get(token, ()):
             waiter.wake()
@@ -528,7 +533,7 @@ class _Watch:
         bells = [*file.bells] if file is not None else []
         if leaving is not None and leaving.file_id == name and leaving not in bells:
             bells.append(leaving)
-        woken = [bell.wake(token) for bell in bells]  # each of them
+        woken = [bell.hear(token) for bell in bells]  # each of them
         if bells and not any(woken):
             bells[0].pass_on(token)
         return True

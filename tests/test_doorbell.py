@@ -42,6 +42,7 @@ def store(path):
 def is_awaited(store, token):
     """Whether another store than this one waits for the token."""
     bell = store._database.bell
+    bell._marks.alone = False  # as it is once this store writes
     return bell._marks.find(bell._question(token)[0]) is not None
 
 
@@ -317,6 +318,7 @@ def test_a_ring_finds_all_processes_in_whatever_order_they_came(store, monkeypat
         return pid in answers
 
     monkeypatch.setattr(bell._watch, "send", send)
+    bell._marks.alone = False  # descriptors that nobody has announced
     pids = [70, 10, 50, 20, 60]
     descriptors = [os.open(f"{store.path}-wal", os.O_RDONLY) for _ in pids]
     try:
@@ -409,6 +411,7 @@ def test_who_is_stopped_does_not_swallow_the_ring(store, path, child):
     base = bell._question("k")[1]
 
     def are_waiting(*waiters):
+        bell._marks.alone = False  # as it is once this store writes
         return all(
             bell._marks.find(Marks.ask(base + waiter.pid, 1)) is not None for waiter in waiters
         )
@@ -454,6 +457,7 @@ def test_a_ring_at_one_that_has_just_left_goes_to_the_next(store, path, child, m
     other.expect("parked")
     with sqlspace.open(path, sync=False) as leaving:
         bell, gone = store._database.bell, leaving._database.bell
+        bell._marks.alone = False  # as it is once this store writes
         gone.enroll(Waiter(), ["k"], takes=True)
         monkeypatch.setattr(doorbell.random, "randrange", lambda _: os.getpid())
         send = bell._watch.send
@@ -885,8 +889,9 @@ def test_a_file_that_moves_during_the_commit_is_noticed_before_the_answer(path, 
         turnstile = store._database._session.turnstile
         leave = turnstile.leave
 
-        def moved(leave=leave):
+        def moved(turnstile=turnstile, leave=leave):
             leave()
+            turnstile.leave = leave
             os.rename(path, f"{path}.moved")
             os.rename(f"{path}-wal", f"{path}.moved-wal")
 
@@ -894,7 +899,6 @@ def test_a_file_that_moves_during_the_commit_is_noticed_before_the_answer(path, 
         with pytest.raises(sqlspace.MovedError) as caught:
             verb(store)
         assert caught.value.undecided is True
-        turnstile.leave = leave
         store.close()
         assert not os.path.exists(path)
         os.rename(f"{path}.moved", path)

@@ -12,6 +12,7 @@ import pytest
 from children import PATIENCE_SECONDS, eventually
 
 import sqlspace
+from sqlspace import identity
 from sqlspace.errors import BusyError
 from sqlspace.marks import QUEUED_AT, Marks
 from sqlspace.turnstile import Turnstile
@@ -168,6 +169,57 @@ def is_blocked(descriptor):
 
 
 # -- stores
+
+
+@pytest.fixture
+def turns(monkeypatch):
+    """What flock is asked for."""
+    asked = []
+    flock = fcntl.flock
+
+    def ask(descriptor, operation):
+        asked.append(operation)
+        return flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", ask)
+    return asked
+
+
+def test_who_has_the_store_to_itself_takes_no_turns(path, turns):
+    """Nobody is there to be kept out; SQLite's own lock is taken all the same."""
+    with sqlspace.open(path, sync=False) as store:
+        store.push("k", b"1")
+        assert store.pull("k") == b"1"
+        assert turns == []
+
+
+def test_who_comes_is_noticed_before_the_next_write(path, turns, child):
+    """As soon as an open has returned, in whatever process, every write there takes its turn."""
+    with sqlspace.open(path, sync=False) as store:
+        store.push("k", b"1")
+        other = child("store = sqlspace.open(argv[0])\ntell('open')\nhear()\nstore.close()", path)
+        other.expect("open")
+        assert turns == []
+        store.push("k", b"2")
+        assert turns == [fcntl.LOCK_EX | fcntl.LOCK_NB, fcntl.LOCK_UN]
+        other.tell("close")
+        other.finish()
+        with sqlspace.open(path, sync=False) as second:  # in this process, too
+            turns.clear()
+            store.push("k", b"3")
+            second.push("k", b"4")
+            assert len(turns) == 4
+        assert store.pull_many("k", 5) == [b"1", b"2", b"3", b"4"]
+
+
+def test_who_cannot_hear_others_come_takes_turns_from_the_first(path, turns, monkeypatch):
+    """Without inotify nobody is sure to be alone."""
+    monkeypatch.setattr(identity, "_sentry", None)
+    monkeypatch.setattr(identity, "open_inotify", lambda: None)
+    with sqlspace.open(path, sync=False) as store:
+        store.push("k", b"1")
+    assert turns == [fcntl.LOCK_EX | fcntl.LOCK_NB, fcntl.LOCK_UN]
+
 
 PUSH_ALL_THE_TIME = """
 store = sqlspace.open(argv[0], sync=argv[2] == "True")
