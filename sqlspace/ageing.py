@@ -9,13 +9,13 @@ import heapq
 import logging
 from typing import Any
 
-from . import dead_letters, upkeep
+from . import clock, dead_letters, upkeep
 from .connection import Connection
 from .dead_letters import RELEASE
 from .doorbell import room_token
 from .rules import DEAD, LAST, NO_SEQ, OVER, UNEXPIRED
 
-__all__ = ["BATCH_ROWS", "FREED", "catch_up", "expire", "has_expired", "is_behind"]
+__all__ = ["BATCH_ROWS", "FREED", "catch_up", "expire", "has_expired", "is_behind", "tidy"]
 
 log = logging.getLogger("sqlspace")
 
@@ -152,6 +152,17 @@ def _first_over(connection: Connection, key: str, now: int, limit: int) -> dict[
         found = _all_over(connection, key, now, NO_SEQ)
         first = heapq.nsmallest(limit, found)
     return {seq: found[seq] for seq in first}
+
+
+def tidy(connection: Connection, keep: int | None) -> list[str]:
+    """Now and then: keep the history short, and clear away what has expired; tokens.
+
+    Args:
+        connection: For writing.
+        keep: How many tombstones the history keeps; None: all.
+    """
+    upkeep.prune(connection, keep)
+    return expire(connection, clock.now())
 
 
 def has_expired(connection: Connection, now: int) -> bool:

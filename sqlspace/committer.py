@@ -179,7 +179,7 @@ class File(Protocol):
     """What a committer needs of the database that it commits for."""
 
     def lead(self, operation: Operation) -> None:
-        """With the lock: probe, go in by `Committer.enter`, and commit it with what is queued."""
+        """With the lock: probe; commit it with what is queued, or have it `await_turn`."""
 
     def serve(self, turnstile: Turnstile) -> None:
         """With the lock, inside the turnstile: commit what is queued, and leave."""
@@ -294,7 +294,7 @@ class Committer:
         Args:
             seizure: Of this call.
             held: An empty list, which gets the lock.
-            enter: With the lock: what `Committer.enter` says.
+            enter: With the lock: goes through the turnstile, or has the seizure `await_turn`.
         """
         thread = threading.get_ident()
         seizure.latch = threading.Lock()
@@ -346,17 +346,14 @@ class Committer:
 
     # -- with the lock
 
-    def enter(self, turnstile: Turnstile, operation: Operation) -> bool:
-        """Go through the turnstile, if it is free; else the operation awaits the helper."""
+    def await_turn(self, turnstile: Turnstile, operation: Operation) -> None:
+        """Others are in the turnstile: have the helper wait there, and the operation for it."""
         if not self.waiting:
-            if turnstile.try_enter():
-                return True
             self._turnstile = turnstile
             self.waiting = True
         operation.awaits = True
         self._enqueue(operation)
         self._send()
-        return False
 
     def take(self, own: Operation | None) -> None:
         """Take what is to be committed together into one's own hands: `carried`.

@@ -36,6 +36,7 @@ from .connection import (
     connect,
     has_moved,
     holds_lock,
+    nested,
     open_verified,
     roll_back,
     run,
@@ -167,12 +168,15 @@ class Database:
     Args:
         options: How to open it.
         stirring: As `Doorbell` has it, of this database.
+        tidy: Called now and then, in a transaction, with how many tombstones to keep; returns
+            the doorbell's tokens.
     """
 
     def __init__(
         self,
         options: Options,
         stirring: Callable[["Database", Iterable[str], bool], Any],
+        tidy: Callable[[Connection, int | None], list[str]],
     ) -> None:
         self.options = options
         self.closed = False
@@ -183,6 +187,7 @@ class Database:
             return None if database is None else stirring(database, tokens, timed)
 
         self._stirring: Stirring = look
+        self._tidy = tidy
         self._poison: StoreError | None = None
         self._forked = False
         self._committer = Committer(self)
@@ -240,11 +245,12 @@ class Database:
             raise self.mapped(error) from error
         committer = self._committer
         try:
-            if committer.enter(session.turnstile, operation):
-                if committer.queue:
-                    self._commit_together(session, operation)
-                else:
-                    self._commit_alone(session, operation)
+            if committer.waiting or not session.turnstile.try_enter():
+                committer.await_turn(session.turnstile, operation)
+            elif committer.queue:
+                self._commit_together(session, operation)
+            else:
+                self._commit_alone(session, operation)
         except BaseException:
             if not committer.waiting:  # else it is not ours, but the helper's
                 session.turnstile.leave()
@@ -275,12 +281,14 @@ class Database:
                 tokens = None if operation.whole else operation.step(connection)
                 if tokens is None:
                     connection.execute("BEGIN IMMEDIATE")
-                    tokens = operation.step(connection)
+                    tokens = operation.step(connection) or ()
                     run(operation.done, connection, "COMMIT", ())
+                if operation.tidies:
+                    tokens = [*tokens, *self._tidied(connection)]
             finally:
                 session.turnstile.leave()
             self._confirm(session)
-            session.bell.ring_all(tokens or (), operation.besides)
+            session.bell.ring_all(tokens, operation.besides)
             operation.finished = True
         except BaseException as error:
             self._take_back(session, error, operation)
@@ -304,6 +312,7 @@ class Database:
                 connection.execute("BEGIN IMMEDIATE")
                 self._committer.take(own)
                 together(connection, self._committer.carried)
+                self._tidy_together(connection)
                 run(committed, connection, "COMMIT", ())
             finally:
                 session.turnstile.leave()
@@ -319,6 +328,36 @@ class Database:
             raise interrupt
         if failed and own is not None and not own.finished:  # it was not begun
             raise self._explained(session, failed[0]) from failed[0]
+
+    def _tidy_together(self, connection: Connection) -> None:
+        for operation in self._committer.carried:
+            if operation.tidies:
+                operation.tokens = [*operation.tokens, *self._tidied(connection)]
+                return  # once for all of them
+
+    def _tidied(self, connection: Connection) -> list[str]:
+        """Tidy up, in a transaction by itself or within the caller's; tokens."""
+        within = connection.in_transaction
+        keep = self.history()
+        try:
+            if within:
+                return nested(connection, lambda connection: self._tidy(connection, keep))
+            connection.execute("BEGIN IMMEDIATE")
+            tokens = self._tidy(connection, keep)
+            connection.execute("COMMIT")
+        except apsw.Error:  # the next one does it
+            log.warning("%s: tidying failed", self.options.path, exc_info=True)
+            if within and not connection.in_transaction:  # it took the caller's work with it
+                raise
+            if not within:
+                roll_back(connection)
+            return []
+        except BaseException:
+            # An open transaction would be taken for the caller's own, and nothing be undone.
+            if not within:
+                surely(lambda: roll_back(connection))
+            raise
+        return tokens
 
     def _conclude(self, session: _Session, committed: list[Any], failed: list[Exception]) -> None:
         """Finish what was committed, refuse what failed, hand back what it broke. Idempotent."""
@@ -397,7 +436,15 @@ class Database:
         committer = self._committer
         seizure = Seizure()
         seizure.deadline = time.monotonic() + self._busy_timeout
-        committer.seize(seizure, held, lambda: committer.enter(self._ready().turnstile, seizure))
+
+        def enter() -> bool:
+            turnstile = self._ready().turnstile
+            if committer.waiting or not turnstile.try_enter():
+                committer.await_turn(turnstile, seizure)
+                return False
+            return True
+
+        committer.seize(seizure, held, enter)
         session = self._ready()
         self._ensure_in_place(session, undecided=False)
         session.patience.deadline = seizure.deadline
@@ -570,6 +617,8 @@ class Database:
         if session is None:
             with self._committer.lock:
                 session = self._ready()
+        if session.poll(0) or session.identity.alarmed:  # somebody may have come
+            session.marks.alone = False
         return session.bell
 
     @property

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from . import clock, dead_letters, entries, taking, upkeep
+from . import clock, dead_letters, entries, upkeep
 from .arguments import check_delay_micros, check_lease_micros, kind
 from .committer import Operation
 from .connection import Connection
@@ -252,8 +252,7 @@ class _Ack(_Settling):
         (delivery,) = self._deliveries
         rings = delivery._ack_in(connection, self.done)  # noqa: SLF001
         self.mark(delivery)
-        if delivery.seq % upkeep.PRUNE_EVERY == 0:
-            rings += taking.tidy(delivery._database, connection)  # noqa: SLF001
+        self.tidies = delivery.seq % upkeep.PRUNE_EVERY == 0
         return rings
 
 

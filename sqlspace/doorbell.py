@@ -187,6 +187,8 @@ class Doorbell:
 
     def ring_all(self, tokens: Iterable[str], besides: Waiter | None = None) -> None:
         """Ring for each of these tokens."""
+        if self._marks.alone and not self._takers and not self._readers:
+            return
         for token in tokens:
             self.ring(token, besides)
 

@@ -79,7 +79,7 @@ class DurableSpace:
         """
         key = check_key(key)
         payload = check_payload(self._dumps(value), "what dumps returns")
-        push(self._database, Push.checked(key, payload, ttl=ttl))
+        push(self._database, Push(key, payload, ttl=ttl))
 
     def in_(self, key: str, timeout: float | None = None, *, context: Context | None = None) -> Any:
         """Take the head of `key`, waiting for one; raises as `Store.pull`.

@@ -109,7 +109,7 @@ def push_on(
             "connection must be a driver's: of SQLAlchemy's, hand in "
             "connection.connection.driver_connection"
         )
-    wanted = Push.checked(key, payload, headers=headers, ttl=ttl, delay=delay, dedupe=dedupe)
+    wanted = Push(key, payload, headers=headers, ttl=ttl, delay=delay, dedupe=dedupe)
     if _untold and _versions.get(type(connection)) != "":
         _advise(connection)
     try:

@@ -29,20 +29,33 @@ from .waiting import Waiter
 __all__ = ["Batch", "Push", "push", "push_many", "push_when_room"]
 
 
-class Push(NamedTuple):
-    """One entry to add. Durations in microseconds."""
+class Push(Operation):
+    """One entry to add; as an operation, in one statement, without a look at what is there.
 
-    key: str
-    payload: bytes
-    headers: str | None
-    ttl: int | None
-    delay: int
-    dedupe: str | None
-    max_len: int | None
+    Args:
+        key: As the caller handed it in, like all others: TypeError or ValueError.
+        payload: Of the entry.
+        headers: Of the entry.
+        ttl: In seconds.
+        delay: In seconds.
+        dedupe: Not looked at by the operation.
+        max_len: Not looked at by the operation.
 
-    @classmethod
-    def checked(
-        cls,
+    Attributes:
+        seq: The entry's, once it is added.
+        ttl: In microseconds, as is `delay`.
+    """
+
+    seq = 0
+    # Most pushes want nothing special: to ask each check for nothing took 0.4 µs.
+    headers: str | None = None
+    ttl: int | None = None
+    delay = 0
+    dedupe: str | None = None
+    max_len: int | None = None
+
+    def __init__(
+        self,
         key: str,
         payload: bytes,
         *,
@@ -51,31 +64,46 @@ class Push(NamedTuple):
         delay: float | None = None,
         dedupe: str | None = None,
         max_len: int | None = None,
-    ) -> "Push":
-        """What the caller handed in; TypeError or ValueError."""
-        key, payload = check_key(key), check_payload(payload)
-        # Most pushes want nothing special; to ask each check for nothing took 0.4 µs.
-        ttl_micros = None if ttl is None else check_ttl_micros(ttl)
-        text = None if headers is None else check_headers(headers)
-        check_size(key, payload, text)
-        return cls(
-            key,
-            payload,
-            text,
-            ttl_micros,
-            0 if delay is None else check_delay_micros(delay, ttl_micros),
-            None if dedupe is None else check_key(dedupe, "dedupe"),
-            None if max_len is None else check_int(max_len, "max_len", 1),
-        )
+    ) -> None:
+        self.done = []
+        self.key = check_key(key)
+        self.payload = check_payload(payload)
+        if ttl is not None:
+            self.ttl = check_ttl_micros(ttl)
+        if headers is not None:
+            self.headers = check_headers(headers)
+        check_size(self.key, self.payload, self.headers)
+        if delay is not None:
+            self.delay = check_delay_micros(delay, self.ttl)
+        if dedupe is not None:
+            self.dedupe = check_key(dedupe, "dedupe")
+        if max_len is not None:
+            self.max_len = check_int(max_len, "max_len", 1)
+
+    def step(self, connection: Connection) -> Iterable[str]:
+        """Add it."""
+        now = clock.now()
+        if self.ttl is None and not self.delay:
+            run(self.done, connection, entries.INSERT, (self.key, self.payload, self.headers, now))
+        else:
+            run(self.done, connection, entries.INSERT_TIMED, self.row(now))
+        self.seq = seq = connection.last_insert_rowid()
+        self.tidies = seq % upkeep.PRUNE_EVERY == 0
+        return (self.key,)
+
+    def undo(self, connection: Connection) -> None:
+        """Erase it."""
+        upkeep.erase(connection, self.key, self.seq or connection.last_insert_rowid())
+
+    def retract(self) -> None:
+        """It was rolled back."""
+        super().retract()
+        self.seq = 0
 
     def row(self, now: int) -> tuple[Any, ...]:
         """That of INSERT_TIMED."""
-        return (
-            *(self.key, self.payload, self.headers, now),
-            *((1, now + self.delay, self.delay) if self.delay else (0, None, None)),
-            None if self.ttl is None else now + self.ttl,
-            self.dedupe,
-        )
+        times = _times(now, self.ttl, self.delay)
+        return (self.key, self.payload, self.headers, *times, self.dedupe)
 
     def add(self, connection: Connection, keep: int | None) -> tuple[int | None, bool]:
         """In the caller's transaction.
@@ -100,6 +128,12 @@ class Push(NamedTuple):
     def full(self) -> DeadlineError:
         """What to raise if there is no room in time."""
         return DeadlineError(f"{self.key!a} holds {self.max_len:,} entries or more already")
+
+
+def _times(now: int, ttl: int | None, delay: int) -> tuple[int | None, ...]:
+    """Of a new row: pushed_at, state, due_at, delay, expires_at."""
+    held = (1, now + delay, delay) if delay else (0, None, None)
+    return (now, *held, None if ttl is None else now + ttl)
 
 
 class Batch(NamedTuple):
@@ -127,9 +161,9 @@ class Batch(NamedTuple):
             rows = ((self.key, payload, None, now) for payload in self.payloads)
             connection.executemany(entries.INSERT, rows)
         else:
-            like = Push(self.key, b"", None, self.ttl, self.delay, None, None).row(now)
-            timed = ((self.key, payload, *like[2:]) for payload in self.payloads)
-            connection.executemany(entries.INSERT_TIMED, timed)
+            times = _times(now, self.ttl, self.delay)
+            timed_rows = ((self.key, payload, None, *times, None) for payload in self.payloads)
+            connection.executemany(entries.INSERT_TIMED, timed_rows)
         # Nobody else writes in between, so they follow each other.
         last = connection.last_insert_rowid()
         return list(range(last - len(self.payloads) + 1, last + 1))
@@ -138,9 +172,8 @@ class Batch(NamedTuple):
 def push(database: Database, wanted: Push) -> int:
     """Add an entry for which there need not be room; its seq."""
     if wanted.dedupe is None:
-        insert = _Insert(database, wanted)
-        database.write(insert)
-        return insert.seq
+        database.write(wanted)
+        return wanted.seq
     seq, _ = _look_and_add(database, wanted)
     assert seq is not None
     return seq
@@ -167,37 +200,6 @@ def _look_and_add(database: Database, wanted: Push) -> tuple[int | None, bool]:
 
     database.transact(step, undo=undo)
     return seq, new
-
-
-class _Insert(Operation):
-    """Adds an entry for which there need not be room, in one statement."""
-
-    seq = 0
-
-    def __init__(self, database: Database, wanted: Push) -> None:
-        self.done = []
-        self._database = database
-        self._wanted = wanted
-
-    def step(self, connection: Connection) -> Iterable[str]:
-        wanted = self._wanted
-        now = clock.now()
-        if wanted.ttl is None and not wanted.delay:
-            row = (wanted.key, wanted.payload, wanted.headers, now)
-            run(self.done, connection, entries.INSERT, row)
-        else:
-            run(self.done, connection, entries.INSERT_TIMED, wanted.row(now))
-        self.seq = seq = connection.last_insert_rowid()
-        if seq % upkeep.PRUNE_EVERY == 0:
-            return (wanted.key, *taking.tidy(self._database, connection))
-        return (wanted.key,)
-
-    def undo(self, connection: Connection) -> None:
-        upkeep.erase(connection, self._wanted.key, self.seq or connection.last_insert_rowid())
-
-    def retract(self) -> None:
-        super().retract()
-        self.seq = 0
 
 
 def push_when_room(

@@ -60,7 +60,7 @@ class Store:
     def __init__(self, options: Options) -> None:
         self.path = options.path
         self.sync = options.sync
-        self._database = Database(options, browsing.stirring)
+        self._database = Database(options, browsing.stirring, ageing.tidy)
         self._renewals = Renewals(self._database)
 
     # -- pushing
@@ -103,7 +103,7 @@ class Store:
             ClosedError, CanceledError, DeadlineError: asked for in this order; nothing was added.
             StoreError: the entry was not added, unless it is an UndecidedError.
         """
-        wanted = Push.checked(
+        wanted = Push(
             key,
             payload,
             headers=headers,

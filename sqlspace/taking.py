@@ -14,11 +14,9 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Generic, TypeVar
 
-import apsw
-
 from . import ageing, browsing, clock, entries, upkeep
 from .committer import Operation
-from .connection import Connection, nested, roll_back
+from .connection import Connection
 from .database import Database
 from .doorbell import Doorbell, room_token
 from .entries import Grant, Head, Lease
@@ -32,7 +30,6 @@ __all__ = [
     "claim_many",
     "pull_many",
     "take_up_to",
-    "tidy",
     "wait_and_grab",
     "wait_for",
 ]
@@ -53,6 +50,8 @@ class Grab(Operation):
     head: Head
     """What was taken. A plain attribute: no Ctrl-C can come between the commit and a look at it."""
     got = False
+    _due: str | None = None  # a key for which something has come due
+    _now = 0
     refusal: Exception | None = None
     """What `accept` raised."""
 
@@ -64,13 +63,11 @@ class Grab(Operation):
         accept: Callable[[Head], None] | None = None,
     ) -> None:
         self.done = []
+        self.back: list[Any] = []  # not empty once it was put back: twice would double it
         self.database = database
         self.keys = keys
         self.besides = waiter
         self._accept = accept
-        self._due: str | None = None  # a key for which something has come due
-        self._now = 0
-        self.back: list[Any] = []  # not empty once it was put back: twice would double it
 
     def run(self) -> bool:
         """Make the attempt; whether there was one."""
@@ -127,10 +124,8 @@ class Grab(Operation):
         tokens = self._get(connection)
         if tokens is None or not self.got:
             return tokens
-        key = self.head.key
-        tokens += self._rings(key)
-        if self.head.seq % upkeep.PRUNE_EVERY == 0:
-            tokens += tidy(self.database, connection)
+        tokens += self._rings(self.head.key)
+        self.tidies = self.head.seq % upkeep.PRUNE_EVERY == 0
         if self.besides is not None:
             tokens += self._passed_on(connection, self.besides)
         return tokens
@@ -271,40 +266,6 @@ class Claim(Grab, Generic[D]):
         """Unlease it. Idempotent, for the token says whether it still is ours."""
         if self._grant is not None:
             entries.unlease(connection, self._grant)
-
-
-def tidy(database: Database, connection: Connection) -> list[str]:
-    """Now and then: keep the history short, and clear away what has expired; tokens.
-
-    The caller's work is done, and is committed unless a transaction is open.
-    """
-
-    def step(connection: Connection) -> list[str]:
-        upkeep.prune(connection, keep)
-        return ageing.expire(connection, clock.now())
-
-    keep = database.history()
-    within = connection.in_transaction
-    try:
-        if within:
-            return nested(connection, step)
-        connection.execute("BEGIN IMMEDIATE")
-        tokens = step(connection)
-        connection.execute("COMMIT")
-    except apsw.Error:  # the next one does it
-        log.warning("%s: tidying failed", database.options.path, exc_info=True)
-        if within:
-            if not connection.in_transaction:  # it took the caller's work with it
-                raise
-        else:
-            roll_back(connection)
-        return []
-    except BaseException:
-        # An open transaction would be taken for the caller's own, and nothing be undone.
-        if not within:
-            surely(lambda: roll_back(connection))
-        raise
-    return tokens
 
 
 # -- several at once

@@ -114,7 +114,7 @@ class Transaction:
         max_len: int | None = None,
     ) -> int:
         """As `Store.push`, but a full key raises `DeadlineError` at once."""
-        wanted = Push.checked(
+        wanted = Push(
             key,
             payload,
             headers=headers,

@@ -102,8 +102,8 @@ def _flows(store: Store, before: _Flows | None) -> _Flows:
         if before is None:
             return last_seq, last_taken, Counter(), Counter()
         since = before.last_taken if before.last_taken <= last_taken else 0  # compact begins anew
-        pushed: Any = connection.execute(SELECT_PUSHED, (before.last_seq, last_seq))
-        taken: Any = connection.execute(SELECT_TAKEN, (since, last_taken))
+        pushed: Any = connection.execute(SELECT_PUSHED, (before.last_seq, last_seq)).fetchall()
+        taken: Any = connection.execute(SELECT_TAKEN, (since, last_taken)).fetchall()
         return last_seq, last_taken, Counter(k for (k,) in pushed), Counter(k for (k,) in taken)
 
     database = store._database  # noqa: SLF001  # its connection for browsing
