@@ -4,32 +4,44 @@ What is compared is run in turns, so that what else the machine does hits all si
 is the µs of one operation, averaged over one batch; the first round warms up and isn't counted.
 """
 
+import multiprocessing
 import os
-import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import apsw
 
 import sqlspace
-from sqlspace import entries
+from sqlspace import entries, upkeep
 from sqlspace.connection import Options, connect, open_verified
+
+# Children are forked from a process that has nothing open, and has imported what takes long.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["sqlspace", "rich.progress", "rich.table", "concurrent.futures"])
 
 PAYLOAD = os.urandom(100)
 KEY = "bench"
 LEASE_SECONDS = 3600
+REST_SECONDS = 0.005
+"""In which a process that waits falls asleep again."""
 
+Name = TypeVar("Name", bound=Hashable)
 Batch = Callable[[int], None]
 """Does so many operations."""
-Side = dict[str, Batch]
+Side = Mapping[str, Batch]
 """By verb."""
 Figures = dict[tuple[str, str], list[float]]
 """µs of each operation by (verb, side), a figure a round."""
 
 
 def raw_execute(path: str, sync: bool) -> Any:
+    """`execute` of a connection of apsw's own to a file with our schema, with our settings."""
+    return raw_connection(path, sync).execute
+
+
+def raw_connection(path: str, sync: bool) -> apsw.Connection:
     """A connection of apsw's own to a file with our schema, with our settings."""
     options = Options(
         path=path,
@@ -42,7 +54,7 @@ def raw_execute(path: str, sync: bool) -> Any:
         vfs=None,
     )
     open_verified(options).close()
-    return connect(options, apsw.SQLITE_OPEN_READWRITE).execute
+    return connect(options, apsw.SQLITE_OPEN_READWRITE)
 
 
 def now_micros() -> int:
@@ -62,7 +74,8 @@ def raw_pull(execute: Any) -> bytes:
 
 def raw(path: str, sync: bool) -> Side:
     """What a verb runs when nothing is in its way, and nothing else."""
-    execute = raw_execute(path, sync)
+    connection = raw_connection(path, sync)
+    execute: Any = connection.execute
     leased: deque[tuple[int, bytes]] = deque()
 
     def push(times: int) -> None:
@@ -86,7 +99,29 @@ def raw(path: str, sync: bool) -> Side:
         for _ in range(times):
             execute(entries.ACK, (now_micros(), *leased.popleft()))
 
-    return {"push": push, "pull": pull, "claim": claim, "ack": ack}
+    def push_many(times: int) -> None:
+        now = now_micros()
+        execute("BEGIN IMMEDIATE")
+        connection.executemany(entries.INSERT, [(KEY, PAYLOAD, None, now)] * times)
+        execute("COMMIT")
+
+    def pull_many(times: int) -> None:
+        now = now_micros()
+        execute("BEGIN IMMEDIATE")
+        heads = execute(entries.SELECT_HEADS, (now, KEY, times)).fetchall()
+        last = execute(upkeep.SELECT_LAST_TAKEN).get
+        rows = [(3, now, last + nth, head[0]) for nth, head in enumerate(heads, 1)]
+        connection.executemany(upkeep.ENTOMB, rows)
+        execute("COMMIT")
+
+    return {
+        "push": push,
+        "pull": pull,
+        "claim": claim,
+        "ack": ack,
+        "push_many": push_many,
+        "pull_many": pull_many,
+    }
 
 
 def ours(store: sqlspace.Store) -> Side:
@@ -101,6 +136,10 @@ def ours(store: sqlspace.Store) -> Side:
         for _ in range(times):
             store.pull(KEY)
 
+    def peek(times: int) -> None:
+        for _ in range(times):
+            store.peek(KEY)
+
     def claim(times: int) -> None:
         for _ in range(times):
             claimed.append(store.claim(KEY, lease=LEASE_SECONDS))
@@ -109,7 +148,22 @@ def ours(store: sqlspace.Store) -> Side:
         for _ in range(times):
             claimed.popleft().ack()
 
-    return {"push": push, "pull": pull, "claim": claim, "ack": ack}
+    def push_many(times: int) -> None:
+        store.push_many(KEY, [PAYLOAD] * times)
+
+    def pull_many(times: int) -> None:
+        if len(store.pull_many(KEY, times)) < times:
+            raise AssertionError("entries are missing")
+
+    return {
+        "push": push,
+        "pull": pull,
+        "peek": peek,
+        "claim": claim,
+        "ack": ack,
+        "push_many": push_many,
+        "pull_many": pull_many,
+    }
 
 
 def microseconds(batch: Batch, times: int) -> float:
@@ -118,23 +172,21 @@ def microseconds(batch: Batch, times: int) -> float:
     return (time.perf_counter() - start) / times * 1e6
 
 
-def in_turns(sides: dict[str, Side], verbs: Sequence[str], rounds: int, times: int) -> Figures:
+def in_turns(sides: Mapping[str, Side], verbs: Sequence[str], rounds: int, times: int) -> Figures:
     """Each verb on each side, round by round, the sides in changing order."""
     found: Figures = {}
-    for number in range(rounds + 1):
+    for nth in range(rounds + 1):
         for verb in verbs:
-            for side in list(sides) if number % 2 else list(reversed(sides)):
+            for side in in_order(sides, nth):
                 figure = microseconds(sides[side][verb], times)
-                if number:
+                if nth:
                     found.setdefault((verb, side), []).append(figure)
     return found
 
 
-def spread(figures: Sequence[float]) -> str:
-    """The median, and where the half in the middle lies."""
-    quartiles = statistics.quantiles(figures, n=4)
-    return f"{statistics.median(figures):,.1f} ({quartiles[0]:,.1f} to {quartiles[2]:,.1f})"
-
-
-def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
-    return statistics.median(numerator) / statistics.median(denominator)
+def in_order(sides: Iterable[Name], nth: int) -> list[Name]:
+    """The sides of this round: every second one backwards, and each begins elsewhere."""
+    names = list(sides)
+    first = nth // 2 % len(names)
+    names = names[first:] + names[:first]
+    return names if nth % 2 else names[::-1]
