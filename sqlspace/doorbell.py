@@ -54,6 +54,7 @@ _PIDS = 1 << 22  # Linux's greatest pid, and one
 # Each token's hash has a byte for each process that waits to take, then one for each that waits
 # to read.
 _TAKING, _READING, _SPAN = 0, _PIDS, 2 * _PIDS
+_CALM_SECONDS = 0.001  # who is woken before has no need to know what the clock will change
 _LOOK_FIRST_SECONDS = 0.02  # from the beginning of a wait to the first look
 _LOOK_SOON_SECONDS = 0.001  # from a sign of a change to the first look
 _LOOK_LATE_SECONDS = 0.05  # the longest time between looks while changes go on, or without signs
@@ -95,6 +96,29 @@ def waited_key(token: str) -> str:
     return token.rpartition(_ROOM)[2]
 
 
+class _Post:
+    """One token between processes: where they mark that they wait for it, and how it is rung."""
+
+    __slots__ = ("_besides", "_found", "base", "message", "question")
+
+    def __init__(self, signature: bytes, token: str) -> None:
+        name = token.encode()
+        self.base = WAITING_AT + zlib.crc32(name) * _SPAN
+        self.question = Marks.ask(self.base, _SPAN)
+        self.message = signature + name
+        self._besides = 0, 0, b"", b""
+
+    def besides(self, found: int) -> tuple[int, bytes, bytes]:
+        """The process that has set this mark, and how to ask for those before and behind it."""
+        known = self._besides
+        if known[0] != found:
+            pid = (found - self.base) % _READING
+            before = Marks.ask(self.base, found - self.base)
+            behind = Marks.ask(found + 1, self.base + _SPAN - found - 1)
+            known = self._besides = found, pid, before, behind
+        return known[1:]
+
+
 class Doorbell:
     """The bell of one store.
 
@@ -117,14 +141,16 @@ class Doorbell:
         self.file_id = file_id
         self.wal = wal
         self.stirring = stirring
+        self.name = file_id or wal
+        self._signature = f"{file_id[0]} {file_id[1]} ".encode() if file_id else b""
         self._marks = marks
-        self._lock = threading.Lock()
         # Each waiter with its limit, if it waits for room.
         self._takers: dict[str, OrderedDict[Waiter, int]] = {}
         # Each waiter with whether it waits for its turn.
         self._readers: dict[str, OrderedDict[Waiter, bool]] = {}
-        self._questions: dict[str, tuple[bytes, int]] = {}
+        self._posts: dict[str, _Post] = {}
         self._watch = _the_watch()
+        self._lock = self._watch.lock
 
     # -- waiting
 
@@ -161,7 +187,7 @@ class Doorbell:
             self._forget(waiter, tokens)
             if not self._takers and not self._readers:
                 self._watch.ignore(self)
-        self._watch.resign(waiter)
+            self._watch.resign(waiter)
         # Whoever rang while the mark stood has been heard by now, or sees that it is gone.
         self._watch.answer_all(self)
 
@@ -173,15 +199,32 @@ class Doorbell:
                     waiters.pop(waiter, None)
                     if not waiters:
                         self._marks.drop(self._mark(token, takes=kind is self._takers))
-                        del kind[token]
+                        kind.pop(token, None)  # a signal's handler may have come in between
 
     def expect(self, seconds: float) -> None:
         """The clock changes something then, for one of those who wait here."""
         self._watch.expect(self, seconds)
 
-    def park(self, waiter: Waiter, seconds: float) -> None:
-        """Sleep until woken; the first to sleep in this process watches for all of it."""
-        self._watch.park(waiter, seconds)
+    def park(self, waiter: Waiter, seconds: float, horizon: Callable[[], None]) -> None:
+        """Sleep until woken; the first to sleep in this process watches for all of it.
+
+        Args:
+            waiter: That is enrolled.
+            seconds: At most.
+            horizon: Calls `expect` if it must; not called if the sleep is very short.
+        """
+        self._watch.park(self, waiter, seconds, horizon)
+
+    def takes(self, message: bytes, waiter: Waiter) -> bool:
+        """Whether a ring is all used up when this waiter has heard it."""
+        if not message.startswith(self._signature):
+            return False
+        token = message[len(self._signature) :].decode(errors="replace")
+        return (
+            waiter in self._takers.get(token, ())
+            and token not in self._readers
+            and token[0] != _ROOM
+        )
 
     # -- waking
 
@@ -199,7 +242,10 @@ class Doorbell:
         """
         waited = token in self._takers or token in self._readers
         if not (waited and self.wake(token, besides)):
-            self._ring_elsewhere(token)
+            post = self._posts.get(token) or self._post(token)
+            found = self._marks.find(post.question)
+            if found is not None:
+                self._ring_elsewhere(post, found)
 
     def wake(self, token: str, besides: Waiter | None = None) -> bool:
         """Wake who waits in this store; whether one was that takes."""
@@ -230,7 +276,7 @@ class Doorbell:
         takers = self._takers.get(token, ())
         return (
             len(takers) > (besides in takers)
-            or self._marks.find(self._question(token)[0]) is not None
+            or self._marks.find(self._post(token).question) is not None
         )
 
     def tokens(self) -> list[str]:
@@ -269,47 +315,50 @@ class Doorbell:
         with self._lock:
             self._marks.close()
 
-    def _ring_elsewhere(self, token: str) -> None:
-        question, base = self._questions.get(token) or self._question(token)
-        if self._marks.find(question) is None:
+    def _ring_elsewhere(self, post: _Post, found: int) -> None:
+        pid, below, above = post.besides(found)
+        if self._marks.find(below) is None and self._marks.find(above) is None:
+            # Just one process waits. If it leaves meanwhile, and another comes, that sees by itself
+            # what was committed before.
+            self._watch.send(pid, post.message)
             return
-        first = base + _READING
-        while (found := self._marks.smallest(first, base + _SPAN)) is not None:
-            self._watch.send(found - base - _READING, self.file_id, token)
-            first = found + 1
-        self._ring_taker(token, base)
+        first = post.base + _READING
+        end = post.base + _SPAN
+        while (reader := self._marks.smallest(first, end)) is not None:
+            self._watch.send(reader - post.base - _READING, post.message)
+            first = reader + 1
+        self._ring_taker(post)
 
     def pass_on(self, token: str) -> None:
         """A ring came for which nobody waits here any more: it may be another's."""
         with self._lock:
             waited = token in self._takers or token in self._readers
         if not waited:
-            self._ring_taker(token, self._question(token)[1])
+            self._ring_taker(self._post(token))
 
-    def _ring_taker(self, token: str, base: int) -> None:
+    def _ring_taker(self, post: _Post) -> None:
         # Start anywhere among those who take, so that no process gets every ring, or, if it doesn't
         # answer, swallows every ring; on behind those who died, or whom no datagram reaches.
+        base = post.base
         start = base + random.randrange(_PIDS)  # noqa: S311  # no secret
         for first, end in ((start, base + _PIDS), (base, start)):
             while (found := self._marks.smallest(first, end)) is not None:
                 # One that has left in the meantime may not hear it any more.
-                heard = self._watch.send(found - base, self.file_id, token)
+                heard = self._watch.send(found - base, post.message)
                 if heard and self._marks.find(Marks.ask(found, 1)) is not None:
                     return
                 first = found + 1  # noqa: PLW2901
 
     def _mark(self, token: str, *, takes: bool) -> int:
         """Where this process marks that it waits for a token."""
-        return self._question(token)[1] + (_TAKING if takes else _READING) + os.getpid()
+        return self._post(token).base + (_TAKING if takes else _READING) + os.getpid()
 
-    def _question(self, token: str) -> tuple[bytes, int]:
-        """How to ask who waits for a token, and where its marks begin."""
-        known = self._questions.get(token)
+    def _post(self, token: str) -> _Post:
+        known = self._posts.get(token)
         if known is None:
-            if len(self._questions) >= _CACHED_TOKENS:
-                self._questions.clear()
-            base = WAITING_AT + zlib.crc32(token.encode()) * _SPAN
-            known = self._questions[token] = Marks.ask(base, _SPAN), base
+            if len(self._posts) >= _CACHED_TOKENS:
+                self._posts.clear()
+            known = self._posts[token] = _Post(self._signature, token)
         return known
 
 
@@ -332,7 +381,8 @@ class _Watch:
 
     def __init__(self) -> None:
         self._closed = True
-        self._lock = threading.Lock()
+        # One for all bells. A signal's handler may close a store, or push, while its thread has it.
+        self.lock = threading.RLock()
         self._files: dict[tuple[int, int] | str, _File] = {}
         self._numbers: dict[int, _File] = {}
         self._parked: dict[Waiter, None] = {}
@@ -344,19 +394,25 @@ class _Watch:
         os.set_blocking(self._nudge_out, False)
         os.set_blocking(self._nudge_in, False)
         self._socket = _open_socket()
-        self._ears = [self._nudge_out]
-        self._ears += [ear.fileno() for ear in (self._socket, self._inotify) if ear is not None]
+        self._ears = self._open_ears()
         self._closed = False
+
+    def _open_ears(self) -> select.poll:
+        ears = select.poll()
+        ears.register(self._nudge_out, select.POLLIN)
+        for ear in (self._socket, self._inotify):
+            if ear is not None:
+                ears.register(ear.fileno(), select.POLLIN)
+        return ears
 
     # -- who is there
 
     def attend(self, bell: Doorbell) -> None:
         """Watch the bell's file from now on."""
-        name = bell.file_id or bell.wal
-        with self._lock:
-            file = self._files.get(name)
+        with self.lock:
+            file = self._files.get(bell.name)
             if file is None:
-                file = self._files[name] = _File(name)
+                file = self._files[bell.name] = _File(bell.name)
             file.bells.add(bell)
             if file.number is None and file.look_at is None:
                 # Most are rung for before this look; only who waits longer asks for a sign.
@@ -367,8 +423,8 @@ class _Watch:
                     self.nudge()  # it may sleep longer than that
 
     def ignore(self, bell: Doorbell) -> None:
-        with self._lock:
-            file = self._files.get(bell.file_id or bell.wal)
+        with self.lock:
+            file = self._files.get(bell.name)
             if file is not None:
                 file.bells.discard(bell)
                 file.timers.pop(bell, None)
@@ -400,8 +456,8 @@ class _Watch:
     def expect(self, bell: Doorbell, seconds: float) -> None:
         """Look for it then, unless it is to be looked for earlier."""
         at = time.monotonic() + seconds
-        with self._lock:
-            file = self._files.get(bell.file_id or bell.wal)
+        with self.lock:
+            file = self._files.get(bell.name)
             if file is None or bell not in file.bells or file.timers.get(bell, at) < at:
                 return
             file.timers[bell] = at
@@ -410,11 +466,10 @@ class _Watch:
 
     # -- rings
 
-    def send(self, pid: int, file_id: tuple[int, int] | None, token: str) -> bool:
+    def send(self, pid: int, message: bytes) -> bool:
         """Ring at another process; whether somebody is there."""
-        if self._socket is None or file_id is None:
+        if self._socket is None:
             return False
-        message = f"{file_id[0]} {file_id[1]} {token}".encode()
         try:
             self._socket.sendto(message, _address(pid))
         except BlockingIOError:  # it has many unread: it is up, and will look
@@ -430,25 +485,29 @@ class _Watch:
 
     # -- sleeping
 
-    def park(self, waiter: Waiter, seconds: float) -> None:
+    def park(
+        self, bell: Doorbell, waiter: Waiter, seconds: float, horizon: Callable[[], None]
+    ) -> None:
         ends = time.monotonic() + seconds
-        with self._lock:
+        with self.lock:
             lost = time.monotonic() - self._heard_at > 2 * LOOK_AGAIN_SECONDS
             if self._watcher is None or lost:
                 if self._watcher is not None:
                     self.nudge()  # it stood still, with the process perhaps; if it lives, it goes
+                    self._ears = self._open_ears()  # no two threads may poll the same
                 self._watcher, self._heir = waiter, None
                 self._heard_at = time.monotonic()
             else:
                 self._parked[waiter] = None
         try:
             if self._watcher is waiter:
-                self._listen(waiter, ends)
+                self._listen(bell, waiter, ends, horizon)
             else:
-                waiter.park(seconds)
+                horizon()
+                waiter.park(max(0.0, ends - time.monotonic()))
         finally:
             waiter.listen(None)
-            with self._lock:
+            with self.lock:
                 self._parked.pop(waiter, None)
                 if self._watcher is waiter:
                     self._watcher = None
@@ -456,7 +515,7 @@ class _Watch:
 
     def resign(self, waiter: Waiter) -> None:
         """It waits no more: if it was called to watch, call another."""
-        with self._lock:
+        with self.lock:
             if self._heir is waiter:
                 self._call_heir()
 
@@ -466,32 +525,42 @@ class _Watch:
         if self._heir is not None:
             self._heir.wake()
 
-    def _listen(self, waiter: Waiter, ends: float) -> None:
+    def _listen(
+        self, bell: Doorbell, waiter: Waiter, ends: float, horizon: Callable[[], None] | None
+    ) -> None:
         """Watch for all, until this waiter is woken, its time is over, or it has lost the role."""
-        poll = select.poll()  # its own: when a lost role is taken over, two may listen
-        for ear in self._ears:
-            poll.register(ear, select.POLLIN)
+        ears = self._ears
+        waiter.listen(self.nudge)
         while self._watcher is waiter:
-            waiter.listen(self.nudge)
             if waiter.park(0) or (seconds := self._until_look(ends)) is None:
                 return
-            heard = {descriptor for descriptor, _ in poll.poll(seconds * 1000)}
-            waiter.listen(None)
-            if self._nudge_out in heard:
-                with contextlib.suppress(BlockingIOError):
-                    os.read(self._nudge_out, 4096)
-            if self._socket is not None and self._socket.fileno() in heard:
-                self._answer()
-            if waiter.park(0):  # the rest can wait for the next to listen
+            if horizon is not None:
+                seconds = min(seconds, _CALM_SECONDS)
+            for ear, _ in ears.poll(seconds * 1000):
+                if self._hear(ear, bell, waiter):
+                    return  # the rest can wait for the next to listen
+            if waiter.park(0):
                 return
-            if self._inotify is not None and self._inotify.fileno() in heard:
-                self._note()
+            if horizon is not None:
+                horizon()
+                horizon = None
             self._look()
+
+    def _hear(self, ear: int, bell: Doorbell, waiter: Waiter) -> bool:
+        """Deal with what one ear hears; whether it was for this waiter, and no other."""
+        if self._socket is not None and ear == self._socket.fileno():
+            return self._answer(bell, waiter)
+        if ear == self._nudge_out:
+            with contextlib.suppress(BlockingIOError):
+                os.read(self._nudge_out, 4096)
+        else:
+            self._note()
+        return False
 
     def _until_look(self, ends: float) -> float | None:
         """How long to listen, until the next look at most; None: the time is over."""
         now = time.monotonic()
-        with self._lock:
+        with self.lock:
             self._heard_at = now
             looks = self._planned()
         return max(0.0, min([ends, *looks]) - now) if now < ends else None
@@ -513,29 +582,38 @@ class _Watch:
         ):
             self._answer(bell)
 
-    def _answer(self, leaving: Doorbell | None = None) -> bool:
-        """Read one ring, and pass it on; whether there was one."""
-        if self._socket is None:
-            return False
+    def _answer(self, bell: Doorbell, waiter: Waiter | None = None) -> bool:
+        """Read one ring; whether it was for this waiter of the bell. Else pass it on."""
+        assert self._socket is not None
         try:
-            device, inode, token = self._socket.recv(2048).decode().split(" ", 2)
-            name = int(device), int(inode)
-        except BlockingIOError:  # or another has read it
+            message = self._socket.recv(2048)
+        except BlockingIOError:  # another has read it
             return False
-        except ValueError:  # it isn't one of ours
+        file = self._files.get(bell.name)
+        alone = file is not None and len(file.bells) == 1
+        if waiter is not None and alone and bell.takes(message, waiter):
             return True
+        self._wake_for(message, bell)
+        return False
+
+    def _wake_for(self, message: bytes, heard_by: Doorbell) -> None:
+        """Wake whom a ring is for; the bell may be watched no more, since its last waiter left."""
+        try:
+            device, inode, token = message.decode().split(" ", 2)
+            name = int(device), int(inode)
+        except ValueError:  # it isn't one of ours
+            return
         file = self._files.get(name)
         bells = [*file.bells] if file is not None else []
-        if leaving is not None and leaving.file_id == name and leaving not in bells:
-            bells.append(leaving)
+        if heard_by.file_id == name and heard_by not in bells:
+            bells.append(heard_by)
         woken = [bell.wake(token) for bell in bells]  # each of them
         if bells and not any(woken):
             bells[0].pass_on(token)
-        return True
 
     def _note(self) -> None:
         """Read the signs of change, and plan a look for each."""
-        with self._lock:
+        with self.lock:
             self._note_all(self._inotify.read(timeout=0))
 
     def _note_all(self, events: Iterable[Any]) -> None:
@@ -555,7 +633,7 @@ class _Watch:
     def _look(self) -> None:
         """Look into the files whose time has come."""
         now = time.monotonic()
-        with self._lock:
+        with self.lock:
             due = self._due(now)
         for file, bells in due:
             changed = stirred = False
@@ -574,7 +652,7 @@ class _Watch:
                     stirred = True
                 if ahead is not None:
                     self.expect(bell, ahead)
-            with self._lock:
+            with self.lock:
                 self._plan_next(file, changed=changed, stirred=stirred)
 
     def _due(self, now: float) -> list[tuple[_File, list[tuple[Doorbell, bool]]]]:

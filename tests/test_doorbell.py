@@ -42,7 +42,7 @@ def store(path):
 def is_awaited(store, token):
     """Whether another store than this one waits for the token."""
     bell = store._database.bell
-    return bell._marks.find(bell._question(token)[0]) is not None
+    return bell._marks.find(bell._post(token).question) is not None
 
 
 def in_threads(number, step):
@@ -308,11 +308,11 @@ def test_readers_elsewhere_are_woken_though_a_taker_here_comes_first(store, path
 def test_a_ring_finds_all_processes_in_whatever_order_they_came(store, monkeypatch):
     """The kernel names any mark of several: all readers are rung, and takers until one answers."""
     bell = store._database.bell
-    base = bell._question("k")[1]
+    base = bell._post("k").base
     rung = []
     answers = set()
 
-    def send(pid, file_id, token):
+    def send(pid, message):
         rung.append(pid)
         return pid in answers
 
@@ -406,7 +406,7 @@ def test_who_is_stopped_does_not_swallow_the_ring(store, path, child):
     """
     waiters = [child(source, path) for _ in range(2)]
     bell = store._database.bell
-    base = bell._question("k")[1]
+    base = bell._post("k").base
 
     def are_waiting(*waiters):
         return all(
@@ -442,7 +442,7 @@ def test_a_ring_that_comes_as_its_only_waiter_leaves_is_passed_on(store, path, c
     bell, waiter = store._database.bell, Waiter()
     bell.enroll(waiter, ["k"], takes=True)
     add_quietly(path)
-    assert bell._watch.send(os.getpid(), bell.file_id, "k")
+    assert bell._watch.send(os.getpid(), bell._post("k").message)
     bell.dismiss(waiter, ["k"])
     other.expect("b'1'", "no looks")
     other.finish()
@@ -511,15 +511,15 @@ def test_another_takes_the_role_of_the_watcher_that_leaves(store, path, child):
     waiter.finish()
 
 
-def test_an_heir_that_has_no_time_passes_the_role_on():
+def test_an_heir_that_has_no_time_passes_the_role_on(store):
     """Who is called to watch and finds something instead calls the next one, and so on."""
-    watch = doorbell._Watch()
+    bell, watch = store._database.bell, doorbell._Watch()
     try:
         waiters = [Waiter() for _ in range(4)]
         ended = []
 
         def park(waiter):
-            watch.park(waiter, PATIENCE_SECONDS)
+            watch.park(bell, waiter, PATIENCE_SECONDS, lambda: None)
             ended.append(waiter)
 
         threads = []
@@ -544,13 +544,13 @@ def test_an_heir_that_has_no_time_passes_the_role_on():
         watch.close()
 
 
-def test_a_lost_role_is_taken_over_while_the_lost_one_listens(monkeypatch):
+def test_a_lost_role_is_taken_over_while_the_lost_one_listens(store, monkeypatch):
     """After a long stop two threads may listen at once for a while: neither is harmed."""
     monkeypatch.setattr(doorbell, "LOOK_AGAIN_SECONDS", -1.0)  # every role counts as lost
-    watch = doorbell._Watch()
+    bell, watch = store._database.bell, doorbell._Watch()
     try:
         waiters = [Waiter() for _ in range(8)]
-        join = in_threads(8, lambda n: watch.park(waiters[n], 0.1))
+        join = in_threads(8, lambda n: watch.park(bell, waiters[n], 0.1, lambda: None))
         assert join() == [None] * 8
     finally:
         watch.close()
@@ -1020,7 +1020,7 @@ def test_the_bell_without_a_file_to_watch_still_wakes(path):
     waiter = Waiter()
     bell.enroll(waiter, ["k"], takes=True)
     try:
-        join = in_threads(1, lambda _: bell.park(waiter, PATIENCE_SECONDS))
+        join = in_threads(1, lambda _: bell.park(waiter, PATIENCE_SECONDS, lambda: None))
         parked(1)
         changes.append("somebody wrote")
         join()

@@ -74,7 +74,7 @@ def parked(number):
         watch = doorbell._watch
         if watch is None:
             return number == 0
-        with watch._lock:
+        with watch.lock:
             sleeping = len(watch._parked) + (watch._watcher is not None)
             return sleeping == number and (watch._watcher is not None) == (number > 0)
 
