@@ -148,6 +148,9 @@ class Doorbell:
         self._takers: dict[str, OrderedDict[Waiter, int]] = {}
         # Each waiter with whether it waits for its turn.
         self._readers: dict[str, OrderedDict[Waiter, bool]] = {}
+        # Those of `_takers` by the ring that comes for them, where any of them may answer it.
+        self._rung: dict[bytes, OrderedDict[Waiter, int]] = {}
+        self._peers: set[Doorbell] = set()
         self._posts: dict[str, _Post] = {}
         self._watch = _the_watch()
         self._lock = self._watch.lock
@@ -173,25 +176,34 @@ class Doorbell:
             limit: It waits until there are fewer entries than that, if it waits for room.
         """
         with self._lock:
-            self._watch.attend(self)  # inside, or who dismisses the last waiter undoes it
+            # Inside, or who dismisses the last waiter undoes it.
+            self._peers = self._watch.attend(self)
             for token in tokens:
                 kind: Any = self._takers if takes else self._readers
                 if token not in kind:
                     self._marks.hold(self._mark(token, takes=takes))
                     kind[token] = OrderedDict()
+                    if takes and token[0] != _ROOM:
+                        self._rung[self._post(token).message] = kind[token]
                 kind[token][waiter] = limit if takes else in_turn
 
     def dismiss(self, waiter: Waiter, tokens: Iterable[str]) -> None:
         """Undo `enroll`; idempotent."""
         with self._lock:
-            self._forget(waiter, tokens)
+            unheard = self._forget(waiter, tokens)
             if not self._takers and not self._readers:
                 self._watch.ignore(self)
             self._watch.resign(waiter)
-        # Whoever rang while the mark stood has been heard by now, or sees that it is gone.
-        self._watch.answer_all(self)
+        if unheard:
+            self._watch.answer_all(self)
 
-    def _forget(self, waiter: Waiter, tokens: Iterable[str]) -> None:
+    def _forget(self, waiter: Waiter, tokens: Iterable[str]) -> bool:
+        """Whether a ring may have come that is another process's: who rang saw a mark of ours.
+
+        Whoever rings later sees that it is gone. And if nobody waits elsewhere, it is no use to
+        anybody: to read it in vain just after a sleep was measured at 10 to 57 µs.
+        """
+        unheard = False
         for token in tokens:
             for kind in (self._takers, self._readers):
                 waiters = kind.get(token)
@@ -199,7 +211,11 @@ class Doorbell:
                     waiters.pop(waiter, None)
                     if not waiters:
                         self._marks.drop(self._mark(token, takes=kind is self._takers))
+                        post = self._post(token)
+                        unheard |= self._marks.find(post.question) is not None
+                        self._rung.pop(post.message, None)
                         kind.pop(token, None)  # a signal's handler may have come in between
+        return unheard
 
     def expect(self, seconds: float) -> None:
         """The clock changes something then, for one of those who wait here."""
@@ -216,15 +232,8 @@ class Doorbell:
         self._watch.park(self, waiter, seconds, horizon)
 
     def takes(self, message: bytes, waiter: Waiter) -> bool:
-        """Whether a ring is all used up when this waiter has heard it."""
-        if not message.startswith(self._signature):
-            return False
-        token = message[len(self._signature) :].decode(errors="replace")
-        return (
-            waiter in self._takers.get(token, ())
-            and token not in self._readers
-            and token[0] != _ROOM
-        )
+        """Whether a ring is for this waiter, and for nobody besides in this process."""
+        return waiter in self._rung.get(message, ()) and not self._readers and len(self._peers) == 1
 
     # -- waking
 
@@ -394,6 +403,7 @@ class _Watch:
         os.set_blocking(self._nudge_out, False)
         os.set_blocking(self._nudge_in, False)
         self._socket = _open_socket()
+        self._socket_number = None if self._socket is None else self._socket.fileno()
         self._ears = self._open_ears()
         self._closed = False
 
@@ -407,8 +417,8 @@ class _Watch:
 
     # -- who is there
 
-    def attend(self, bell: Doorbell) -> None:
-        """Watch the bell's file from now on."""
+    def attend(self, bell: Doorbell) -> set[Doorbell]:
+        """Watch the bell's file from now on; all bells of that file that are watched, as of now."""
         with self.lock:
             file = self._files.get(bell.name)
             if file is None:
@@ -421,6 +431,7 @@ class _Watch:
                 file.look_until = now + _LOOK_ON_SECONDS
                 if self._watcher is not None:
                     self.nudge()  # it may sleep longer than that
+            return file.bells
 
     def ignore(self, bell: Doorbell) -> None:
         with self.lock:
@@ -511,7 +522,8 @@ class _Watch:
                 self._parked.pop(waiter, None)
                 if self._watcher is waiter:
                     self._watcher = None
-                    self._call_heir()
+                    if self._parked:
+                        self._call_heir()
 
     def resign(self, waiter: Waiter) -> None:
         """It waits no more: if it was called to watch, call another."""
@@ -537,7 +549,9 @@ class _Watch:
             if horizon is not None:
                 seconds = min(seconds, _CALM_SECONDS)
             for ear, _ in ears.poll(seconds * 1000):
-                if self._hear(ear, bell, waiter):
+                if ear != self._socket_number:
+                    self._hear(ear)
+                elif self._answer(bell, waiter):
                     return  # the rest can wait for the next to listen
             if waiter.park(0):
                 return
@@ -546,16 +560,12 @@ class _Watch:
                 horizon = None
             self._look()
 
-    def _hear(self, ear: int, bell: Doorbell, waiter: Waiter) -> bool:
-        """Deal with what one ear hears; whether it was for this waiter, and no other."""
-        if self._socket is not None and ear == self._socket.fileno():
-            return self._answer(bell, waiter)
+    def _hear(self, ear: int) -> None:
         if ear == self._nudge_out:
             with contextlib.suppress(BlockingIOError):
                 os.read(self._nudge_out, 4096)
         else:
             self._note()
-        return False
 
     def _until_look(self, ends: float) -> float | None:
         """How long to listen, until the next look at most; None: the time is over."""
@@ -575,8 +585,6 @@ class _Watch:
 
     def answer_all(self, bell: Doorbell) -> None:
         """Read what rings there are, for a bell at which somebody has stopped waiting."""
-        # There mostly is none, and asking first is quick: a read in vain, just after a sleep, was
-        # measured at 57 µs, for its exception; this at 10.
         while self._socket is not None and any(
             fcntl.ioctl(self._socket, termios.FIONREAD, b"\0" * 4)
         ):
@@ -589,9 +597,7 @@ class _Watch:
             message = self._socket.recv(2048)
         except BlockingIOError:  # another has read it
             return False
-        file = self._files.get(bell.name)
-        alone = file is not None and len(file.bells) == 1
-        if waiter is not None and alone and bell.takes(message, waiter):
+        if waiter is not None and bell.takes(message, waiter):
             return True
         self._wake_for(message, bell)
         return False

@@ -565,10 +565,11 @@ def test_a_bell_is_attended_although_another_waiter_leaves_meanwhile(store):
     attend = watch.attend
 
     def slow(found):
-        attend(found)
+        peers = attend(found)
         if threading.current_thread() is threading.main_thread():
             thread.start()
             thread.join(0.05)  # it may finish here, if nothing keeps it out
+        return peers
 
     thread = threading.Thread(target=bell.dismiss, args=(unmark, ["k"]))
     watch.attend = slow
