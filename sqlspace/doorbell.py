@@ -59,6 +59,7 @@ _LOOK_FIRST_SECONDS = 0.02  # from the beginning of a wait to the first look
 _LOOK_SOON_SECONDS = 0.001  # from a sign of a change to the first look
 _LOOK_LATE_SECONDS = 0.05  # the longest time between looks while changes go on, or without signs
 _LOOK_IDLE_SECONDS = 0.5  # and while none is seen
+_REST_AFTER_LOOK = 20  # times as long as the look took
 # A sign comes when the -wal is written, and the commit is visible only after its fsync: so looks go
 # on for a while after the last sign.
 _LOOK_ON_SECONDS = 2.0
@@ -380,6 +381,8 @@ class _File:
         self.look_at: float | None = None  # on the monotonic clock; None: at the next sign
         self.look_until = 0.0  # after that, only at a sign
         self.pause = _LOOK_SOON_SECONDS
+        # What the last look found. Mostly somebody was rung for it, and has it by the next look.
+        self.seen: set[tuple[Doorbell, str]] = set()
         # When the clock changes something for a bell, as last seen.
         self.timers: dict[Doorbell, float] = {}
         self.number: int | None = None  # of its inotify watch, while that is armed
@@ -642,10 +645,12 @@ class _Watch:
         with self.lock:
             due = self._due(now)
         for file, bells in due:
+            began = time.monotonic()
             changed = stirred = False
+            seen: set[tuple[Doorbell, str]] = set()
             for bell, timed in bells:
                 try:
-                    found = bell.stirring(bell.tokens(), timed)
+                    found = bell.stirring(bell.tokens(), timed or bool(file.seen))
                 except SpaceError:  # who waits there shall meet it
                     bell.wake_all()
                     continue
@@ -654,18 +659,21 @@ class _Watch:
                 changed = changed or not timed
                 tokens, ahead = found
                 for token in tokens:
-                    bell.wake(token)
-                    stirred = True
+                    if timed or (bell, token) in file.seen:
+                        bell.wake(token)
+                        stirred = True
+                    else:
+                        seen.add((bell, token))
                 if ahead is not None:
                     self.expect(bell, ahead)
+            file.seen = seen
             with self.lock:
-                self._plan_next(file, changed=changed, stirred=stirred)
+                self._plan_next(file, began, changed=changed, stirred=stirred)
 
     def _due(self, now: float) -> list[tuple[_File, list[tuple[Doorbell, bool]]]]:
         """The files to look into, for whom, and whether that one's time has come.
 
-        Their signs are asked for before the look, and what is expected is let go: the look finds
-        out anew.
+        What is expected is let go: the look finds out anew.
         """
         due = []
         for file in self._files.values():
@@ -674,21 +682,26 @@ class _Watch:
                 due.append((file, [(bell, bell in timed) for bell in file.bells]))
                 for bell in timed:
                     del file.timers[bell]
-        for file, bells in due:
-            if bells and file.number is None:
-                self._arm(file, bells[0][0])
         return due
 
-    def _plan_next(self, file: _File, *, changed: bool, stirred: bool) -> None:
+    def _plan_next(self, file: _File, began: float, *, changed: bool, stirred: bool) -> None:
         """After a look: when the next one is due, if at all."""
         now = time.monotonic()
         if changed:
             file.look_until = now + _LOOK_ON_SECONDS
+        elif file.bells and file.number is None:
+            # Only now: while changes go on, looks do too, and a sign of each would wake in vain.
+            # What changes before this is asked for, the next look sees.
+            self._arm(file, next(iter(file.bells)))
+            file.look_until = max(file.look_until, now + _LOOK_LATE_SECONDS)
         signed = file.number is not None
         longest = _LOOK_IDLE_SECONDS if signed and not changed else _LOOK_LATE_SECONDS
         file.pause = _LOOK_SOON_SECONDS if stirred else min(file.pause * 2, longest)
+        # A thousand keys take 7 ms to look for, and nobody is heard meanwhile.
+        file.pause = max(file.pause, (now - began) * _REST_AFTER_LOOK)
         on = bool(file.bells) and (not signed or now < file.look_until)
-        file.look_at = now + file.pause if on else None
+        pause = min(file.pause, _LOOK_SOON_SECONDS + now - began) if file.seen else file.pause
+        file.look_at = now + pause if on or (file.seen and file.bells) else None
 
     def close(self) -> None:
         if not self._closed:
