@@ -151,7 +151,8 @@ class Doorbell:
         self._readers: dict[str, OrderedDict[Waiter, bool]] = {}
         # Those of `_takers` by the ring that comes for them, where any of them may answer it.
         self._rung: dict[bytes, OrderedDict[Waiter, int]] = {}
-        self._peers: set[Doorbell] = set()
+        self._peers: set[Doorbell] = set()  # of the same file, this one included
+        self._unheard = False  # whether rings may have come that are another process's
         self._posts: dict[str, _Post] = {}
         self._watch = _the_watch()
         self._lock = self._watch.lock
@@ -191,32 +192,30 @@ class Doorbell:
     def dismiss(self, waiter: Waiter, tokens: Iterable[str]) -> None:
         """Undo `enroll`; idempotent."""
         with self._lock:
-            unheard = self._forget(waiter, tokens)
+            self._forget(waiter, tokens)
             if not self._takers and not self._readers:
                 self._watch.ignore(self)
             self._watch.resign(waiter)
-        if unheard:
+        if self._unheard:
             self._watch.answer_all(self)
+            self._unheard = False
 
-    def _forget(self, waiter: Waiter, tokens: Iterable[str]) -> bool:
-        """Whether a ring may have come that is another process's: who rang saw a mark of ours.
-
-        Whoever rings later sees that it is gone. And if nobody waits elsewhere, it is no use to
-        anybody: to read it in vain just after a sleep was measured at 10 to 57 µs.
-        """
-        unheard = False
+    def _forget(self, waiter: Waiter, tokens: Iterable[str]) -> None:
         for token in tokens:
             for kind in (self._takers, self._readers):
                 waiters = kind.get(token)
                 if waiters is not None:
                     waiters.pop(waiter, None)
                     if not waiters:
-                        self._marks.drop(self._mark(token, takes=kind is self._takers))
                         post = self._post(token)
-                        unheard |= self._marks.find(post.question) is not None
-                        self._rung.pop(post.message, None)
+                        if kind is self._takers:
+                            self._rung.pop(post.message, None)
+                        self._marks.drop(self._mark(token, takes=kind is self._takers))
+                        # Whoever rang while it stood may have meant another process's waiter. If
+                        # there is none, we needn't look: just after a sleep that took 10 to 57 µs.
+                        if self._marks.find(post.question) is not None:
+                            self._unheard = True
                         kind.pop(token, None)  # a signal's handler may have come in between
-        return unheard
 
     def expect(self, seconds: float) -> None:
         """The clock changes something then, for one of those who wait here."""

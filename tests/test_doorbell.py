@@ -5,13 +5,14 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import apsw
 import pytest
 from children import PATIENCE_SECONDS, eventually, parked, patient_inotify
 
 import sqlspace
-from sqlspace import doorbell, identity, waiting
+from sqlspace import doorbell, identity, taking, waiting
 from sqlspace.doorbell import Doorbell, room_token
 from sqlspace.identity import Identity
 from sqlspace.marks import Marks
@@ -321,10 +322,12 @@ def test_a_ring_finds_all_processes_in_whatever_order_they_came(store, monkeypat
     descriptors = [os.open(f"{store.path}-wal", os.O_RDONLY) for _ in pids]
     try:
         all_marks = [Marks(descriptor) for descriptor in descriptors]
+        all_rung = []
         for marks, pid in zip(all_marks, pids, strict=True):
             marks.hold(base + doorbell._READING + pid)
-        bell.ring("k")
-        assert sorted(rung) == sorted(pids)
+            bell.ring("k")
+            assert sorted(rung) == sorted(all_rung := [*all_rung, pid])
+            rung.clear()
         for marks, pid in zip(all_marks, pids, strict=True):
             marks.drop(base + doorbell._READING + pid)
             marks.hold(base + doorbell._TAKING + pid)
@@ -425,6 +428,70 @@ def test_who_is_stopped_does_not_swallow_the_ring(store, path, child):
         store.push("k", b"end")
     for waiter in waiters:
         waiter.finish()
+
+
+def test_a_ring_that_others_want_too_is_not_used_up_by_who_hears_it(store, path):
+    """The listening thread keeps a ring for itself only if nobody else here is to be woken."""
+    bell = store._database.bell
+    taker, other, reader = Waiter(), Waiter(), Waiter()
+    ring = bell._post("k").message
+    bell.enroll(taker, ["j", "k"], takes=True)
+    bell.enroll(other, [room_token("k"), "i"], takes=True)
+    assert bell.takes(ring, taker)
+    assert not bell.takes(ring, other)
+    assert not bell.takes(bell._post(room_token("k")).message, other), "the greatest limit first"
+    assert not bell.takes(b"0 0 k", taker), "another file's"
+    bell.enroll(reader, ["k"], takes=False)
+    assert not bell.takes(ring, taker)
+    bell.dismiss(reader, ["k"])
+    with sqlspace.open(path, sync=False) as second:
+        second._database.bell.enroll(reader, ["k"], takes=False)
+        assert not bell.takes(ring, taker)
+        second._database.bell.dismiss(reader, ["k"])
+    assert bell.takes(ring, taker)
+    bell.dismiss(taker, ["j", "k"])
+    assert not bell.takes(ring, taker)
+    bell.dismiss(other, [room_token("k"), "i"])
+    assert bell._rung == {}
+
+
+def test_a_pull_that_waits_has_looked_twice(store, monkeypatch):
+    """Once before it is enrolled, once afterwards: a third look would only take time."""
+    looks = []
+    run = taking.Grab.run
+    monkeypatch.setattr(taking.Grab, "run", lambda grab: looks.append(grab) or run(grab))
+    join = in_threads(1, lambda _: store.pull("k", PATIENCE_SECONDS))
+    parked(1)
+    assert len(looks) == 2
+    store.push("k", b"x")
+    assert join() == [b"x"]
+    assert len(looks) == 3
+
+
+def test_what_the_clock_will_change_is_no_business_of_a_short_wait(store):
+    """It is looked up when all has been calm for a moment, and by then most waits are over."""
+    bell, waiter, calls = store._database.bell, Waiter(), []
+    bell.enroll(waiter, ["k"], takes=True)
+    try:
+        waiter.wake()
+        bell.park(waiter, PATIENCE_SECONDS, lambda: calls.append("while rung"))
+        assert calls == []
+        bell.park(waiter, 0.05, lambda: calls.append("while calm"))
+        assert calls == ["while calm"]
+    finally:
+        bell.dismiss(waiter, ["k"])
+
+
+def test_a_handler_may_close_the_store_while_its_thread_is_at_the_bell(path):
+    """A signal comes anywhere: also where a waiter is being enrolled, under the bell's lock."""
+    store = sqlspace.open(path, sync=False)
+
+    def interrupted(_):
+        with store._database.bell._lock:
+            store.close()
+
+    in_threads(1, interrupted)()
+    assert store._database.closed
 
 
 def add_quietly(path):
@@ -767,8 +834,44 @@ def test_a_full_queue_of_signs_loses_no_file(store):
         watch._inotify = real
     assert (file.number, file.look_at) == (None, 0.0)
     watch._look()
+    file.look_at = 0.0
+    watch._look()  # nothing changes any more
     assert file.number is not None, "a new sign was asked for"
     bell.dismiss(waiter, ["k"])
+
+
+def test_what_a_look_finds_wakes_somebody_if_the_next_look_still_finds_it(store, path):
+    """Who was rung for it mostly has it by then: of 16 processes one wakes, and not all."""
+    bell, watch, waiter = store._database.bell, doorbell._watch, Waiter()
+    bell.enroll(waiter, ["k"], takes=True)
+    try:
+        file = watch._files[bell.file_id]
+        for payload in (b"rung for", b"not rung for"):
+            add_quietly(path)
+            file.look_at = 0.0
+            watch._look()
+            assert not waiter.park(0)
+            assert file.look_at is not None, "it looks again"
+            if payload == b"rung for":
+                store.pullp("k")
+            file.look_at = 0.0
+            watch._look()
+            assert waiter.park(0) == (payload == b"not rung for")
+    finally:
+        bell.dismiss(waiter, ["k"])
+
+
+def test_looks_take_a_small_part_of_the_time(store):
+    """To look for a thousand keys takes long, and nobody hears a ring meanwhile."""
+    bell, watch, waiter = store._database.bell, doorbell._watch, Waiter()
+    bell.enroll(waiter, ["k"], takes=True)
+    try:
+        file = watch._files[bell.file_id]
+        now = time.monotonic()
+        watch._plan_next(file, now - 1.0, changed=True, stirred=True)
+        assert file.look_at >= now + doorbell._REST_AFTER_LOOK
+    finally:
+        bell.dismiss(waiter, ["k"])
 
 
 # -- the file moved
