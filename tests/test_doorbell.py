@@ -13,6 +13,7 @@ from children import PATIENCE_SECONDS, eventually, parked, patient_inotify
 
 import sqlspace
 from sqlspace import doorbell, identity, taking, waiting
+from sqlspace import watch as watching
 from sqlspace.doorbell import Doorbell, room_token
 from sqlspace.identity import Identity
 from sqlspace.marks import Marks
@@ -22,7 +23,7 @@ from sqlspace.waiting import Waiter
 @pytest.fixture(autouse=True)
 def _ears(monkeypatch):
     """This process has inotify, even if the user's instances were used up when it asked first."""
-    for module, name in ((doorbell, "_watch"), (identity, "_sentry")):
+    for module, name in ((watching, "_watch"), (identity, "_sentry")):
         monkeypatch.setattr(module, "open_inotify", patient_inotify)
         found = getattr(module, name)
         if found is not None and found._inotify is None:
@@ -164,13 +165,13 @@ def test_an_idle_waiter_costs_nothing(store, path, child, verb):
         """
         deaf()
         store = sqlspace.open(argv[0], sync=False)
-        from sqlspace import doorbell
+        from sqlspace import watch as watching
         rounds, looks = [], []
-        until_look = doorbell._Watch._until_look
+        until_look = watching.Watch._until_look
         def counted(watch, ends):
             rounds.append(ends)
             return until_look(watch, ends)
-        doorbell._Watch._until_look = counted
+        watching.Watch._until_look = counted
         stirring = store._database.bell.stirring
         store._database.bell.stirring = lambda *words: looks.append(words) or stirring(*words)
         context = sqlspace.Context()
@@ -184,7 +185,7 @@ def test_an_idle_waiter_costs_nothing(store, path, child, verb):
             thread.start()
         parked(8)
         # It looks for a while after it has asked for a sign of change; then all is calm.
-        files = doorbell._watch._files.values()
+        files = watching._watch._files.values()
         eventually(lambda: all(f.number is not None and f.look_at is None for f in files))
         parked(8)
         del rounds[:], looks[:]
@@ -378,10 +379,10 @@ def test_pull_any_is_woken_for_each_of_its_keys(store, path, child, key):
 
 def test_who_is_rung_for_one_key_and_takes_of_another_wakes_the_next(store, monkeypatch):
     """A ring whose taker finds something that it prefers is passed on, not used up."""
-    for module in (doorbell, waiting):
+    for module in (watching, waiting):
         monkeypatch.setattr(module, "LOOK_AGAIN_SECONDS", 1000.0)
-    monkeypatch.setattr(doorbell, "_LOOK_FIRST_SECONDS", 1e9)  # nor does it see a change by itself
-    monkeypatch.setattr(doorbell._Watch, "_arm", lambda *_: None)
+    monkeypatch.setattr(watching, "_LOOK_FIRST_SECONDS", 1e9)  # nor does it see a change by itself
+    monkeypatch.setattr(watching.Watch, "_arm", lambda *_: None)
     join_watcher = in_threads(1, lambda _: store.pull("watched", 60))  # its heir would look too
     parked(1)
     join_both = in_threads(1, lambda _: store.pull_any(["preferred", "shared"], 60))
@@ -580,7 +581,7 @@ def test_another_takes_the_role_of_the_watcher_that_leaves(store, path, child):
 
 def test_an_heir_that_has_no_time_passes_the_role_on(store):
     """Who is called to watch and finds something instead calls the next one, and so on."""
-    bell, watch = store._database.bell, doorbell._Watch()
+    bell, watch = store._database.bell, watching.Watch()
     try:
         waiters = [Waiter() for _ in range(4)]
         ended = []
@@ -613,8 +614,8 @@ def test_an_heir_that_has_no_time_passes_the_role_on(store):
 
 def test_a_lost_role_is_taken_over_while_the_lost_one_listens(store, monkeypatch):
     """After a long stop two threads may listen at once for a while: neither is harmed."""
-    monkeypatch.setattr(doorbell, "LOOK_AGAIN_SECONDS", -1.0)  # every role counts as lost
-    bell, watch = store._database.bell, doorbell._Watch()
+    monkeypatch.setattr(watching, "LOOK_AGAIN_SECONDS", -1.0)  # every role counts as lost
+    bell, watch = store._database.bell, watching.Watch()
     try:
         waiters = [Waiter() for _ in range(8)]
         join = in_threads(8, lambda n: watch.park(bell, waiters[n], 0.1, lambda: None))
@@ -626,7 +627,7 @@ def test_a_lost_role_is_taken_over_while_the_lost_one_listens(store, monkeypatch
 def test_a_bell_is_attended_although_another_waiter_leaves_meanwhile(store):
     """Enrolling and dismissing at once never leaves a waiter whose file nobody listens to."""
     bell = store._database.bell
-    watch = doorbell._watch
+    watch = watching._watch
     mark, unmark = Waiter(), Waiter()
     bell.enroll(unmark, ["k"], takes=True)
     attend = watch.attend
@@ -655,7 +656,7 @@ def test_a_bell_is_attended_although_another_waiter_leaves_meanwhile(store):
 def nothing_is_left(store, *tokens):
     bell = store._database.bell
     assert bell._takers == bell._readers == {}
-    watch = doorbell._watch
+    watch = watching._watch
     assert watch._watcher is watch._heir is None
     assert not watch._parked
     assert not any(file.bells for file in watch._files.values())
@@ -815,7 +816,7 @@ def test_two_hundred_threads_wait_and_leave(store):
 def test_a_full_queue_of_signs_loses_no_file(store):
     """After an overflow of inotify every file is looked at, and watched anew."""
     bell = store._database.bell
-    watch = doorbell._watch
+    watch = watching._watch
     waiter = Waiter()
     bell.enroll(waiter, ["k"], takes=True)
     file = watch._files[bell.file_id]
@@ -842,7 +843,7 @@ def test_a_full_queue_of_signs_loses_no_file(store):
 
 def test_what_a_look_finds_wakes_somebody_if_the_next_look_still_finds_it(store, path):
     """Who was rung for it mostly has it by then: of 16 processes one wakes, and not all."""
-    bell, watch, waiter = store._database.bell, doorbell._watch, Waiter()
+    bell, watch, waiter = store._database.bell, watching._watch, Waiter()
     bell.enroll(waiter, ["k"], takes=True)
     try:
         file = watch._files[bell.file_id]
@@ -863,13 +864,13 @@ def test_what_a_look_finds_wakes_somebody_if_the_next_look_still_finds_it(store,
 
 def test_looks_take_a_small_part_of_the_time(store):
     """To look for a thousand keys takes long, and nobody hears a ring meanwhile."""
-    bell, watch, waiter = store._database.bell, doorbell._watch, Waiter()
+    bell, watch, waiter = store._database.bell, watching._watch, Waiter()
     bell.enroll(waiter, ["k"], takes=True)
     try:
         file = watch._files[bell.file_id]
         now = time.monotonic()
         watch._plan_next(file, now - 1.0, changed=True, stirred=True)
-        assert file.look_at >= now + doorbell._REST_AFTER_LOOK
+        assert file.look_at >= now + watching._REST_AFTER_LOOK
     finally:
         bell.dismiss(waiter, ["k"])
 
