@@ -14,7 +14,7 @@ import os
 import random
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from .marks import WAITING_AT, Marks
@@ -189,15 +189,9 @@ class Doorbell:
         """The clock changes something then, for one of those who wait here."""
         self._watch.expect(self, seconds)
 
-    def park(self, waiter: Waiter, seconds: float, horizon: Callable[[], None]) -> None:
-        """Sleep until woken; the first to sleep in this process watches for all of it.
-
-        Args:
-            waiter: That is enrolled.
-            seconds: At most.
-            horizon: Calls `expect` if it must; not called if the sleep is very short.
-        """
-        self._watch.park(self, waiter, seconds, horizon)
+    def park(self, waiter: Waiter, seconds: float) -> None:
+        """Sleep until woken; the first to sleep in this process watches for all of it."""
+        self._watch.park(self, waiter, seconds)
 
     def takes(self, message: bytes, waiter: Waiter) -> bool:
         """Whether a ring is for this waiter, and for nobody besides in this process."""

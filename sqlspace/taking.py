@@ -452,7 +452,7 @@ def wait_for(
                 bell.ring(token)
 
     def park(waiter: Waiter, seconds: float) -> None:
-        database.bell.park(waiter, seconds, horizon)
+        database.bell.park(waiter, seconds)
 
     def horizon() -> None:
         ahead = browsing.seconds_ahead(database, watched, looked_at)
@@ -468,4 +468,5 @@ def wait_for(
         context=context,
         looked=looked,
         park=park,
+        horizon=horizon,
     )

@@ -31,7 +31,6 @@ from .waiting import LOOK_AGAIN_SECONDS, Waiter
 
 __all__ = ["Bell", "Stirring", "Watch", "forget", "the_watch"]
 
-_CALM_SECONDS = 0.001  # who is woken before has no need to know what the clock will change
 _LOOK_FIRST_SECONDS = 0.02  # from the beginning of a wait to the first look
 _LOOK_SOON_SECONDS = 0.001  # from a sign of a change to the first look
 _LOOK_LATE_SECONDS = 0.05  # the longest time between looks while changes go on, or without signs
@@ -199,7 +198,7 @@ class Watch:
 
     # -- sleeping
 
-    def park(self, bell: Bell, waiter: Waiter, seconds: float, horizon: Callable[[], None]) -> None:
+    def park(self, bell: Bell, waiter: Waiter, seconds: float) -> None:
         """As `Doorbell.park`."""
         ends = time.monotonic() + seconds
         with self.lock:
@@ -214,10 +213,9 @@ class Watch:
                 self._parked[waiter] = None
         try:
             if self._watcher is waiter:
-                self._listen(bell, waiter, ends, horizon)
+                self._listen(bell, waiter, ends)
             else:
-                horizon()
-                waiter.park(max(0.0, ends - time.monotonic()))
+                waiter.park(seconds)
         finally:
             waiter.listen(None)
             with self.lock:
@@ -239,17 +237,13 @@ class Watch:
         if self._heir is not None:
             self._heir.wake()
 
-    def _listen(
-        self, bell: Bell, waiter: Waiter, ends: float, horizon: Callable[[], None] | None
-    ) -> None:
+    def _listen(self, bell: Bell, waiter: Waiter, ends: float) -> None:
         """Watch for all, until this waiter is woken, its time is over, or it has lost the role."""
         ears = self._ears
         waiter.listen(self.nudge)
         while self._watcher is waiter:
             if waiter.park(0) or (seconds := self._until_look(ends)) is None:
                 return
-            if horizon is not None:
-                seconds = min(seconds, _CALM_SECONDS)
             for ear, _ in ears.poll(seconds * 1000):
                 if ear != self._socket_number:
                     self._hear(ear)
@@ -257,9 +251,6 @@ class Watch:
                     return  # the rest can wait for the next to listen
             if waiter.park(0):
                 return
-            if horizon is not None:
-                horizon()
-                horizon = None
             self._look()
 
     def _hear(self, ear: int) -> None:

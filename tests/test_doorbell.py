@@ -469,20 +469,6 @@ def test_a_pull_that_waits_has_looked_twice(store, monkeypatch):
     assert len(looks) == 3
 
 
-def test_what_the_clock_will_change_is_no_business_of_a_short_wait(store):
-    """It is looked up when all has been calm for a moment, and by then most waits are over."""
-    bell, waiter, calls = store._database.bell, Waiter(), []
-    bell.enroll(waiter, ["k"], takes=True)
-    try:
-        waiter.wake()
-        bell.park(waiter, PATIENCE_SECONDS, lambda: calls.append("while rung"))
-        assert calls == []
-        bell.park(waiter, 0.05, lambda: calls.append("while calm"))
-        assert calls == ["while calm"]
-    finally:
-        bell.dismiss(waiter, ["k"])
-
-
 def test_a_handler_may_close_the_store_while_its_thread_is_at_the_bell(path):
     """A signal comes anywhere: also where a waiter is being enrolled, under the bell's lock."""
     store = sqlspace.open(path, sync=False)
@@ -587,7 +573,7 @@ def test_an_heir_that_has_no_time_passes_the_role_on(store):
         ended = []
 
         def park(waiter):
-            watch.park(bell, waiter, PATIENCE_SECONDS, lambda: None)
+            watch.park(bell, waiter, PATIENCE_SECONDS)
             ended.append(waiter)
 
         threads = []
@@ -618,7 +604,7 @@ def test_a_lost_role_is_taken_over_while_the_lost_one_listens(store, monkeypatch
     bell, watch = store._database.bell, watching.Watch()
     try:
         waiters = [Waiter() for _ in range(8)]
-        join = in_threads(8, lambda n: watch.park(bell, waiters[n], 0.1, lambda: None))
+        join = in_threads(8, lambda n: watch.park(bell, waiters[n], 0.1))
         assert join() == [None] * 8
     finally:
         watch.close()
@@ -1125,7 +1111,7 @@ def test_the_bell_without_a_file_to_watch_still_wakes(path):
     waiter = Waiter()
     bell.enroll(waiter, ["k"], takes=True)
     try:
-        join = in_threads(1, lambda _: bell.park(waiter, PATIENCE_SECONDS, lambda: None))
+        join = in_threads(1, lambda _: bell.park(waiter, PATIENCE_SECONDS))
         parked(1)
         changes.append("somebody wrote")
         join()

@@ -392,7 +392,7 @@ def test_a_timer_that_meets_an_error_does_not_come_round_for_ever(path):
     bell.enroll(other, ["k"], takes=True)
     try:
         bell.expect(0.01)
-        join = in_thread(lambda: bell.park(sleeper, PATIENCE_SECONDS, lambda: None))
+        join = in_thread(lambda: bell.park(sleeper, PATIENCE_SECONDS))
         parked(1)
         eventually(lambda: True in looks, "the timer")
         assert other.park(PATIENCE_SECONDS), "who waits is woken"
