@@ -456,16 +456,17 @@ def test_a_ring_that_others_want_too_is_not_used_up_by_who_hears_it(store, path)
     assert bell._rung == {}
 
 
-def test_a_pull_that_waits_has_looked_twice(store, monkeypatch):
+@pytest.mark.parametrize("verb", ["pull", "claim"])
+def test_a_call_that_waits_has_looked_twice(store, monkeypatch, verb):
     """Once before it is enrolled, once afterwards: a third look would only take time."""
     looks = []
     run = taking.Grab.run
     monkeypatch.setattr(taking.Grab, "run", lambda grab: looks.append(grab) or run(grab))
-    join = in_threads(1, lambda _: store.pull("k", PATIENCE_SECONDS))
+    join = in_threads(1, lambda _: getattr(store, verb)("k", PATIENCE_SECONDS))
     parked(1)
     assert len(looks) == 2
     store.push("k", b"x")
-    assert join() == [b"x"]
+    assert [getattr(found, "payload", found) for found in join()] == [b"x"]
     assert len(looks) == 3
 
 
