@@ -239,7 +239,7 @@ class Local:
             value = Local.inp(self, key, MISSING)  # with out 1.0 µs; by a wait it took 3.9
             if value is not MISSING:
                 return value
-        taken = self._in([key], timeout, context, enroll=timeout != 0)
+        taken = self._in([key], timeout, context, looked=timeout != 0)
         return taken[0]  # no call from here, so that no Ctrl-C loses it
 
     def in_any(
@@ -397,7 +397,7 @@ class Local:
         timeout: float | None,
         context: Context | None,
         *,
-        enroll: bool = False,
+        looked: bool = False,
     ) -> _Taken:
         """Take from the first of `keys` that has an entry."""
 
@@ -417,7 +417,7 @@ class Local:
             ensure_open=self._ensure_open,
             timeout=timeout,
             context=context,
-            enroll=enroll,
+            looked=looked,
         )
         return taken
 

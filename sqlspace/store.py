@@ -200,6 +200,7 @@ class Store:
             grab = Grab(self._database, keys)
             if grab.run():
                 return grab.head.payload
+            return self._wait_and_take(keys, timeout, context, looked=True).head.payload
         return self._wait_and_take(keys, timeout, context).head.payload
 
     def pull_any(
@@ -317,7 +318,8 @@ class Store:
         """
         keys = _checked_keys(key_or_keys)
         wanted = _checked_lease(keys, lease, max_attempts, ordered)
-        if context is None and (timeout is None or check_timeout(timeout)):
+        looked = context is None and bool(timeout is None or check_timeout(timeout))
+        if looked:
             claim = Claim(self._database, keys, wanted, self._deliver)  # as in pull
             if claim.run():
                 return claim.delivery
@@ -327,6 +329,7 @@ class Store:
             keys,
             timeout,
             context,
+            looked=looked,
             in_turn=ordered,
         )
         return claim.delivery
@@ -594,7 +597,12 @@ class Store:
     # -- what several verbs share
 
     def _wait_and_take(
-        self, keys: list[str], timeout: float | None, context: Context | None
+        self,
+        keys: list[str],
+        timeout: float | None,
+        context: Context | None,
+        *,
+        looked: bool = False,
     ) -> Grab:
         return taking.wait_and_grab(
             self._database,
@@ -602,6 +610,7 @@ class Store:
             keys,
             timeout,
             context,
+            looked=looked,
         )
 
     def _deliver(self, grant: Grant) -> Delivery:

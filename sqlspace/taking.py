@@ -352,6 +352,7 @@ def wait_and_grab(
     timeout: float | None,
     context: Context | None,
     *,
+    looked: bool = False,
     in_turn: bool = False,
 ) -> G:
     """Make attempts until one succeeds.
@@ -362,6 +363,7 @@ def wait_and_grab(
         tokens: For which to be woken.
         timeout: Seconds, or None.
         context: Another bound, or None.
+        looked: As `wait_for` has it.
         in_turn: As `wait_for` has it.
     """
 
@@ -373,7 +375,16 @@ def wait_and_grab(
     def restore(waiter: Waiter) -> None:
         waiter.found.restore()
 
-    found: G = wait_for(database, look, tokens, timeout, context, restore=restore, in_turn=in_turn)
+    found: G = wait_for(
+        database,
+        look,
+        tokens,
+        timeout,
+        context,
+        restore=restore,
+        looked=looked,
+        in_turn=in_turn,
+    )
     return found
 
 
@@ -385,6 +396,7 @@ def wait_for(
     context: Context | None,
     *,
     restore: Callable[[Waiter], None] | None = None,
+    looked: bool = False,
     in_turn: bool = False,
     limit: int | None = None,
 ) -> Any:
@@ -397,15 +409,13 @@ def wait_for(
         timeout: Seconds, or None.
         context: Another bound, or None.
         restore: Gives back what was found; whoever can is one that takes.
+        looked: Whether the caller has just looked, in vain.
         in_turn: Whether it waits for its turn: then also for what is held before to go.
         limit: If it waits for room: until there are fewer entries than that.
     """
     bell: Doorbell | None = None
     watched = [*tokens, *map(room_token, tokens)] if in_turn else tokens
     looked_at = 0
-
-    def park(waiter: Waiter, seconds: float) -> None:
-        database.bell.park(waiter, seconds)
 
     def look_enrolled(waiter: Waiter, enroll: bool) -> None:
         nonlocal bell, looked_at
@@ -426,6 +436,9 @@ def wait_for(
             for token in tokens:
                 bell.ring(token)
 
+    def park(waiter: Waiter, seconds: float) -> None:
+        database.bell.park(waiter, seconds)
+
     def horizon() -> None:
         ahead = browsing.seconds_ahead(database, watched, looked_at)
         if ahead is not None:  # the watch looks then, for all of this process at once
@@ -438,6 +451,7 @@ def wait_for(
         ensure_open=database.ensure_open,
         timeout=timeout,
         context=context,
+        looked=looked,
         park=park,
         horizon=horizon,
     )

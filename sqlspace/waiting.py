@@ -86,9 +86,9 @@ def wait(
     ensure_open: Callable[[], None],
     timeout: float | None,
     context: Context | None,
+    looked: bool = False,
     park: Callable[[Waiter, float], object] = Waiter.park,
     horizon: Callable[[], float | None] = lambda: None,
-    enroll: bool = False,
 ) -> Any:
     """Wait until `look` has put something into the waiter's `found`, and return that.
 
@@ -100,9 +100,9 @@ def wait(
         ensure_open: Raises ClosedError.
         timeout: Seconds, None for ever.
         context: Another bound, or None.
+        looked: Whether the caller has just looked, in vain: then the first look is enrolled.
         park: How the thread sleeps.
         horizon: Seconds until something is to be seen that nobody will ring for, or None.
-        enroll: Whether to enroll at the first look, for it is known to find nothing.
 
     Raises:
         ClosedError, CanceledError, DeadlineError: in this order; what `look` raises.
@@ -111,6 +111,7 @@ def wait(
     check_context(context)
     deadline = nearer_end(seconds, context)
     waiter = Waiter()
+    enroll = looked  # most waits find something at the first look, and need not enroll
     try:
         if context is not None:
             context._register(waiter)  # noqa: SLF001  # Context and its waits are one piece

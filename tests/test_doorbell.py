@@ -5,13 +5,15 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import apsw
 import pytest
 from children import PATIENCE_SECONDS, eventually, parked, patient_inotify
 
 import sqlspace
-from sqlspace import doorbell, identity, waiting
+from sqlspace import doorbell, identity, taking, waiting
+from sqlspace import watch as watching
 from sqlspace.doorbell import Doorbell, room_token
 from sqlspace.identity import Identity
 from sqlspace.marks import Marks
@@ -21,7 +23,7 @@ from sqlspace.waiting import Waiter
 @pytest.fixture(autouse=True)
 def _ears(monkeypatch):
     """This process has inotify, even if the user's instances were used up when it asked first."""
-    for module, name in ((doorbell, "_watch"), (identity, "_sentry")):
+    for module, name in ((watching, "_watch"), (identity, "_sentry")):
         monkeypatch.setattr(module, "open_inotify", patient_inotify)
         found = getattr(module, name)
         if found is not None and found._inotify is None:
@@ -42,7 +44,7 @@ def store(path):
 def is_awaited(store, token):
     """Whether another store than this one waits for the token."""
     bell = store._database.bell
-    return bell._marks.find(bell._question(token)[0]) is not None
+    return bell._marks.find(bell._post(token).question) is not None
 
 
 def in_threads(number, step):
@@ -163,13 +165,13 @@ def test_an_idle_waiter_costs_nothing(store, path, child, verb):
         """
         deaf()
         store = sqlspace.open(argv[0], sync=False)
-        from sqlspace import doorbell
+        from sqlspace import watch as watching
         rounds, looks = [], []
-        until_look = doorbell._Watch._until_look
+        until_look = watching.Watch._until_look
         def counted(watch, ends):
             rounds.append(ends)
             return until_look(watch, ends)
-        doorbell._Watch._until_look = counted
+        watching.Watch._until_look = counted
         stirring = store._database.bell.stirring
         store._database.bell.stirring = lambda *words: looks.append(words) or stirring(*words)
         context = sqlspace.Context()
@@ -183,7 +185,7 @@ def test_an_idle_waiter_costs_nothing(store, path, child, verb):
             thread.start()
         parked(8)
         # It looks for a while after it has asked for a sign of change; then all is calm.
-        files = doorbell._watch._files.values()
+        files = watching._watch._files.values()
         eventually(lambda: all(f.number is not None and f.look_at is None for f in files))
         parked(8)
         del rounds[:], looks[:]
@@ -308,11 +310,11 @@ def test_readers_elsewhere_are_woken_though_a_taker_here_comes_first(store, path
 def test_a_ring_finds_all_processes_in_whatever_order_they_came(store, monkeypatch):
     """The kernel names any mark of several: all readers are rung, and takers until one answers."""
     bell = store._database.bell
-    base = bell._question("k")[1]
+    base = bell._post("k").base
     rung = []
     answers = set()
 
-    def send(pid, file_id, token):
+    def send(pid, message):
         rung.append(pid)
         return pid in answers
 
@@ -322,10 +324,12 @@ def test_a_ring_finds_all_processes_in_whatever_order_they_came(store, monkeypat
     descriptors = [os.open(f"{store.path}-wal", os.O_RDONLY) for _ in pids]
     try:
         all_marks = [Marks(descriptor) for descriptor in descriptors]
+        all_rung = []
         for marks, pid in zip(all_marks, pids, strict=True):
             marks.hold(base + doorbell._READING + pid)
-        bell.ring("k")
-        assert sorted(rung) == sorted(pids)
+            bell.ring("k")
+            assert sorted(rung) == sorted(all_rung := [*all_rung, pid])
+            rung.clear()
         for marks, pid in zip(all_marks, pids, strict=True):
             marks.drop(base + doorbell._READING + pid)
             marks.hold(base + doorbell._TAKING + pid)
@@ -376,10 +380,10 @@ def test_pull_any_is_woken_for_each_of_its_keys(store, path, child, key):
 
 def test_who_is_rung_for_one_key_and_takes_of_another_wakes_the_next(store, monkeypatch):
     """A ring whose taker finds something that it prefers is passed on, not used up."""
-    for module in (doorbell, waiting):
+    for module in (watching, waiting):
         monkeypatch.setattr(module, "LOOK_AGAIN_SECONDS", 1000.0)
-    monkeypatch.setattr(doorbell, "_LOOK_FIRST_SECONDS", 1e9)  # nor does it see a change by itself
-    monkeypatch.setattr(doorbell._Watch, "_arm", lambda *_: None)
+    monkeypatch.setattr(watching, "_LOOK_FIRST_SECONDS", 1e9)  # nor does it see a change by itself
+    monkeypatch.setattr(watching.Watch, "_arm", lambda *_: None)
     join_watcher = in_threads(1, lambda _: store.pull("watched", 60))  # its heir would look too
     parked(1)
     join_both = in_threads(1, lambda _: store.pull_any(["preferred", "shared"], 60))
@@ -407,7 +411,7 @@ def test_who_is_stopped_does_not_swallow_the_ring(store, path, child):
     """
     waiters = [child(source, path) for _ in range(2)]
     bell = store._database.bell
-    base = bell._question("k")[1]
+    base = bell._post("k").base
 
     def are_waiting(*waiters):
         assert store._database.bell is bell  # which hears of those who came
@@ -429,6 +433,57 @@ def test_who_is_stopped_does_not_swallow_the_ring(store, path, child):
         waiter.finish()
 
 
+def test_a_ring_that_others_want_too_is_not_used_up_by_who_hears_it(store, path):
+    """The listening thread keeps a ring for itself only if nobody else here is to be woken."""
+    bell = store._database.bell
+    taker, other, reader = Waiter(), Waiter(), Waiter()
+    ring = bell._post("k").message
+    bell.enroll(taker, ["j", "k"], takes=True)
+    bell.enroll(other, [room_token("k"), "i"], takes=True)
+    assert bell.takes(ring, taker)
+    assert not bell.takes(ring, other)
+    assert not bell.takes(bell._post(room_token("k")).message, other), "the greatest limit first"
+    assert not bell.takes(b"0 0 k", taker), "another file's"
+    bell.enroll(reader, ["k"], takes=False)
+    assert not bell.takes(ring, taker)
+    bell.dismiss(reader, ["k"])
+    with sqlspace.open(path, sync=False) as second:
+        second._database.bell.enroll(reader, ["k"], takes=False)
+        assert not bell.takes(ring, taker)
+        second._database.bell.dismiss(reader, ["k"])
+    assert bell.takes(ring, taker)
+    bell.dismiss(taker, ["j", "k"])
+    assert not bell.takes(ring, taker)
+    bell.dismiss(other, [room_token("k"), "i"])
+    assert bell._rung == {}
+
+
+@pytest.mark.parametrize("verb", ["pull", "claim"])
+def test_a_call_that_waits_has_looked_twice(store, monkeypatch, verb):
+    """Once before it is enrolled, once afterwards: a third look would only take time."""
+    looks = []
+    run = taking.Grab.run
+    monkeypatch.setattr(taking.Grab, "run", lambda grab: looks.append(grab) or run(grab))
+    join = in_threads(1, lambda _: getattr(store, verb)("k", PATIENCE_SECONDS))
+    parked(1)
+    assert len(looks) == 2
+    store.push("k", b"x")
+    assert [getattr(found, "payload", found) for found in join()] == [b"x"]
+    assert len(looks) == 3
+
+
+def test_a_handler_may_close_the_store_while_its_thread_is_at_the_bell(path):
+    """A signal comes anywhere: also where a waiter is being enrolled, under the bell's lock."""
+    store = sqlspace.open(path, sync=False)
+
+    def interrupted(_):
+        with store._database.bell._lock:
+            store.close()
+
+    in_threads(1, interrupted)()
+    assert store._database.closed
+
+
 def add_quietly(path):
     """An entry for which nobody rings, and which who is deaf to signs doesn't see."""
     connection = apsw.Connection(path)
@@ -444,7 +499,7 @@ def test_a_ring_that_comes_as_its_only_waiter_leaves_is_passed_on(store, path, c
     bell, waiter = store._database.bell, Waiter()
     bell.enroll(waiter, ["k"], takes=True)
     add_quietly(path)
-    assert bell._watch.send(os.getpid(), bell.file_id, "k")
+    assert bell._watch.send(os.getpid(), bell._post("k").message)
     bell.dismiss(waiter, ["k"])
     other.expect("b'1'", "no looks")
     other.finish()
@@ -514,15 +569,15 @@ def test_another_takes_the_role_of_the_watcher_that_leaves(store, path, child):
     waiter.finish()
 
 
-def test_an_heir_that_has_no_time_passes_the_role_on():
+def test_an_heir_that_has_no_time_passes_the_role_on(store):
     """Who is called to watch and finds something instead calls the next one, and so on."""
-    watch = doorbell._Watch()
+    bell, watch = store._database.bell, watching.Watch()
     try:
         waiters = [Waiter() for _ in range(4)]
         ended = []
 
         def park(waiter):
-            watch.park(waiter, PATIENCE_SECONDS)
+            watch.park(bell, waiter, PATIENCE_SECONDS)
             ended.append(waiter)
 
         threads = []
@@ -547,13 +602,13 @@ def test_an_heir_that_has_no_time_passes_the_role_on():
         watch.close()
 
 
-def test_a_lost_role_is_taken_over_while_the_lost_one_listens(monkeypatch):
+def test_a_lost_role_is_taken_over_while_the_lost_one_listens(store, monkeypatch):
     """After a long stop two threads may listen at once for a while: neither is harmed."""
-    monkeypatch.setattr(doorbell, "LOOK_AGAIN_SECONDS", -1.0)  # every role counts as lost
-    watch = doorbell._Watch()
+    monkeypatch.setattr(watching, "LOOK_AGAIN_SECONDS", -1.0)  # every role counts as lost
+    bell, watch = store._database.bell, watching.Watch()
     try:
         waiters = [Waiter() for _ in range(8)]
-        join = in_threads(8, lambda n: watch.park(waiters[n], 0.1))
+        join = in_threads(8, lambda n: watch.park(bell, waiters[n], 0.1))
         assert join() == [None] * 8
     finally:
         watch.close()
@@ -562,16 +617,17 @@ def test_a_lost_role_is_taken_over_while_the_lost_one_listens(monkeypatch):
 def test_a_bell_is_attended_although_another_waiter_leaves_meanwhile(store):
     """Enrolling and dismissing at once never leaves a waiter whose file nobody listens to."""
     bell = store._database.bell
-    watch = doorbell._watch
+    watch = watching._watch
     mark, unmark = Waiter(), Waiter()
     bell.enroll(unmark, ["k"], takes=True)
     attend = watch.attend
 
     def slow(found):
-        attend(found)
+        peers = attend(found)
         if threading.current_thread() is threading.main_thread():
             thread.start()
             thread.join(0.05)  # it may finish here, if nothing keeps it out
+        return peers
 
     thread = threading.Thread(target=bell.dismiss, args=(unmark, ["k"]))
     watch.attend = slow
@@ -590,7 +646,7 @@ def test_a_bell_is_attended_although_another_waiter_leaves_meanwhile(store):
 def nothing_is_left(store, *tokens):
     bell = store._database.bell
     assert bell._takers == bell._readers == {}
-    watch = doorbell._watch
+    watch = watching._watch
     assert watch._watcher is watch._heir is None
     assert not watch._parked
     assert not any(file.bells for file in watch._files.values())
@@ -750,7 +806,7 @@ def test_two_hundred_threads_wait_and_leave(store):
 def test_a_full_queue_of_signs_loses_no_file(store):
     """After an overflow of inotify every file is looked at, and watched anew."""
     bell = store._database.bell
-    watch = doorbell._watch
+    watch = watching._watch
     waiter = Waiter()
     bell.enroll(waiter, ["k"], takes=True)
     file = watch._files[bell.file_id]
@@ -769,8 +825,44 @@ def test_a_full_queue_of_signs_loses_no_file(store):
         watch._inotify = real
     assert (file.number, file.look_at) == (None, 0.0)
     watch._look()
+    file.look_at = 0.0
+    watch._look()  # nothing changes any more
     assert file.number is not None, "a new sign was asked for"
     bell.dismiss(waiter, ["k"])
+
+
+def test_what_a_look_finds_wakes_somebody_if_the_next_look_still_finds_it(store, path):
+    """Who was rung for it mostly has it by then: of 16 processes one wakes, and not all."""
+    bell, watch, waiter = store._database.bell, watching._watch, Waiter()
+    bell.enroll(waiter, ["k"], takes=True)
+    try:
+        file = watch._files[bell.file_id]
+        for payload in (b"rung for", b"not rung for"):
+            add_quietly(path)
+            file.look_at = 0.0
+            watch._look()
+            assert not waiter.park(0)
+            assert file.look_at is not None, "it looks again"
+            if payload == b"rung for":
+                store.pullp("k")
+            file.look_at = 0.0
+            watch._look()
+            assert waiter.park(0) == (payload == b"not rung for")
+    finally:
+        bell.dismiss(waiter, ["k"])
+
+
+def test_looks_take_a_small_part_of_the_time(store):
+    """To look for a thousand keys takes long, and nobody hears a ring meanwhile."""
+    bell, watch, waiter = store._database.bell, watching._watch, Waiter()
+    bell.enroll(waiter, ["k"], takes=True)
+    try:
+        file = watch._files[bell.file_id]
+        now = time.monotonic()
+        watch._plan_next(file, now - 1.0, changed=True, stirred=True)
+        assert file.look_at >= now + watching._REST_AFTER_LOOK
+    finally:
+        bell.dismiss(waiter, ["k"])
 
 
 # -- the file moved

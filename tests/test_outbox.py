@@ -639,7 +639,7 @@ with closing(kinds[argv[1]](argv[0])) as application:
 def test_a_push_wakes_a_waiter_of_the_same_process(store, connection, monkeypatch):
     """With apsw, one process may hold both."""
     monkeypatch.setattr("sqlspace.waiting.LOOK_AGAIN_SECONDS", 10_000.0)
-    monkeypatch.setattr("sqlspace.doorbell.LOOK_AGAIN_SECONDS", 10_000.0)
+    monkeypatch.setattr("sqlspace.watch.LOOK_AGAIN_SECONDS", 10_000.0)
     pulled = []
     thread = threading.Thread(target=lambda: pulled.append(store.pull("mail", SECONDS)))
     thread.start()

@@ -15,7 +15,7 @@ import workers
 from children import PATIENCE_SECONDS, eventually, parked
 
 import sqlspace
-from sqlspace import connection, doorbell, identity
+from sqlspace import connection, identity, watch
 
 ENTRIES = 20_000
 
@@ -518,7 +518,7 @@ def test_no_descriptor_of_the_parent_stays_open_in_the_child(path):
             store.pull("empty", 0.01)
         before = set(os.listdir("/proc/self/fd"))
         link = {each: target(each) for each in before}
-        watching = (identity._sentry._inotify, doorbell._watch._inotify)
+        watching = (identity._sentry._inotify, watch._watch._inotify)
         ours = {each for each in before if "queue.db" in link[each]}
         ours |= {str(each.fileno()) for each in watching}
         assert len(ours) >= 4

@@ -19,8 +19,8 @@ import sqlspace.waiting
 FOR_EVER = 10_000.0
 
 PULLER = f"""
-import sys, sqlspace, sqlspace.doorbell, sqlspace.waiting
-sqlspace.waiting.LOOK_AGAIN_SECONDS = sqlspace.doorbell.LOOK_AGAIN_SECONDS = {FOR_EVER}
+import sys, sqlspace, sqlspace.watch, sqlspace.waiting
+sqlspace.waiting.LOOK_AGAIN_SECONDS = sqlspace.watch.LOOK_AGAIN_SECONDS = {FOR_EVER}
 with sqlspace.open(sys.argv[1]) as store:
     sys.stdout.buffer.write(store.pull("mail", {SECONDS}))
 """
@@ -46,7 +46,7 @@ def shell(request, store):
 def never_look_again(monkeypatch):
     """A wait of this process ends by being woken, or not at all."""
     monkeypatch.setattr("sqlspace.waiting.LOOK_AGAIN_SECONDS", FOR_EVER)
-    monkeypatch.setattr("sqlspace.doorbell.LOOK_AGAIN_SECONDS", FOR_EVER)
+    monkeypatch.setattr("sqlspace.watch.LOOK_AGAIN_SECONDS", FOR_EVER)
 
 
 def until(condition):

@@ -8,7 +8,8 @@ import pytest
 from children import PATIENCE_SECONDS, eventually, parked
 
 import sqlspace
-from sqlspace import browsing, clock, dead_letters, doorbell, waiting
+from sqlspace import browsing, clock, dead_letters, waiting
+from sqlspace import watch as watching
 from sqlspace.doorbell import Doorbell, limit_token, room_token, turn_token
 from sqlspace.marks import Marks
 from sqlspace.waiting import Waiter
@@ -46,9 +47,10 @@ def in_thread(step):
 # change for a short time only, so that it is calm long before the clock decides.
 COUNTING = """
 import logging
-from sqlspace import doorbell, taking
+from sqlspace import taking
+from sqlspace import watch as watching
 logging.getLogger("sqlspace").setLevel(logging.ERROR)  # it would tell of leases that run out
-doorbell._LOOK_ON_SECONDS = 0.05
+watching._LOOK_ON_SECONDS = 0.05
 looks = []
 wait = taking.wait
 def counted(look, **named):
@@ -58,7 +60,7 @@ store = sqlspace.open(argv[0], sync=False)
 stirring = store._database.bell.stirring
 store._database.bell.stirring = lambda *words: looks.append(words) or stirring(*words)
 def calm():
-    files = doorbell._watch._files.values()
+    files = watching._watch._files.values()
     eventually(lambda: all(f.look_at is None or f.look_at > 1e8 for f in files), "calm")
 """
 WAITER = (
@@ -329,10 +331,10 @@ def test_a_dead_letter_is_found_behind_a_crowd_of_others(store, monkeypatch):
 @pytest.fixture
 def _only_timers(monkeypatch):
     """Nobody looks again for no reason, nor for a sign of a change."""
-    for module in (doorbell, waiting):
+    for module in (watching, waiting):
         monkeypatch.setattr(module, "LOOK_AGAIN_SECONDS", 1000.0)
-    monkeypatch.setattr(doorbell, "_LOOK_FIRST_SECONDS", 1e9)
-    monkeypatch.setattr(doorbell._Watch, "_arm", lambda *_: None)
+    monkeypatch.setattr(watching, "_LOOK_FIRST_SECONDS", 1e9)
+    monkeypatch.setattr(watching.Watch, "_arm", lambda *_: None)
 
 
 @pytest.mark.usefixtures("_only_timers")

@@ -55,26 +55,27 @@ def deaf(*to, again=1000.0):
             that they never look by themselves.
         again: They look again, without any reason, after so many seconds.
     """
-    from sqlspace import doorbell, waiting  # noqa: PLC0415  # not in the parent
+    from sqlspace import waiting  # noqa: PLC0415  # not in the parent
+    from sqlspace import watch as watching  # noqa: PLC0415
 
-    waiting.LOOK_AGAIN_SECONDS = doorbell.LOOK_AGAIN_SECONDS = again
+    waiting.LOOK_AGAIN_SECONDS = watching.LOOK_AGAIN_SECONDS = again
     if "datagrams" in to:
-        doorbell._open_socket = lambda: None
-    doorbell.open_inotify = (lambda: None) if "inotify" in to else patient_inotify
+        watching._open_socket = lambda: None
+    watching.open_inotify = (lambda: None) if "inotify" in to else patient_inotify
     if "signs" in to:
-        doorbell._LOOK_FIRST_SECONDS = 1e9
-        doorbell._Watch._arm = lambda *_: True
+        watching._LOOK_FIRST_SECONDS = 1e9
+        watching.Watch._arm = lambda *_: True
 
 
 def parked(number):
     """Wait until so many threads of this process sleep in waits, one of them as the watcher."""
-    from sqlspace import doorbell  # noqa: PLC0415  # not in the parent
+    from sqlspace import watch as watching  # noqa: PLC0415  # not in the parent
 
     def are_asleep():
-        watch = doorbell._watch
+        watch = watching._watch
         if watch is None:
             return number == 0
-        with watch._lock:
+        with watch.lock:
             sleeping = len(watch._parked) + (watch._watcher is not None)
             return sleeping == number and (watch._watcher is not None) == (number > 0)
 
