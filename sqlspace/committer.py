@@ -258,10 +258,11 @@ class Committer:
         self.joined.add(thread)
         try:
             while not operation.finished:
-                self._file.ensure_usable()
                 self._enqueue(operation)
                 if operation.awaits or operation.carried or self.leader is not None:
                     self._park(operation)
+                    if not operation.finished:
+                        self._file.ensure_usable()
                 else:
                     self._lead(operation, thread)
         finally:
@@ -354,6 +355,14 @@ class Committer:
         operation.awaits = True
         self._enqueue(operation)
         self._send()
+
+    def take_only(self) -> Operation | None:
+        """The same, if just one operation is queued, and that is no seizure; None: it isn't so."""
+        with self._mutex:
+            if len(self.queue) == 1 and not isinstance(self.queue[0], Seizure):
+                self.carried = self._taken(1)
+                return self.carried[0]
+        return None
 
     def take(self, own: Operation | None) -> None:
         """Take what is to be committed together into one's own hands: `carried`.
@@ -479,6 +488,7 @@ class Committer:
 
 
 def _wake(operation: Operation) -> None:
-    if operation.latch is not None:
+    latch = operation.latch
+    if latch is not None and latch.locked():
         with contextlib.suppress(RuntimeError):  # awake already
-            operation.latch.release()
+            latch.release()

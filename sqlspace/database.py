@@ -262,9 +262,18 @@ class Database:
         if session is None or session.turnstile is not turnstile:  # closed, or unusable now
             turnstile.leave()
             self._committer.wake_all()
-        else:
-            session.patience.deadline = time.monotonic() + self._busy_timeout
+            return
+        session.patience.deadline = time.monotonic() + self._busy_timeout
+        operation = self._committer.take_only()
+        if operation is None:
             self._commit_together(session, None)
+            return
+        try:
+            self._commit_alone(session, operation)
+        except Exception as error:  # noqa: BLE001  # raised where it was asked for
+            operation.error = error
+            operation.finished = True
+        self._committer.answer()
 
     def undo(self, operation: Operation) -> None:
         """Take back what it did."""
