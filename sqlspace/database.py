@@ -183,6 +183,7 @@ class Database:
         self._stirring: Stirring = look
         self._poison: StoreError | None = None
         self._forked = False
+        self._unclosed = False  # by a signal's handler, which had to leave it to the call
         self._committer = Committer(self)
         self._read_lock = threading.Lock()
         self._browser: int | None = None  # the thread that has it
@@ -206,9 +207,11 @@ class Database:
         thread = threading.get_ident()
         self._ensure_outside(thread)
         operation.deadline = time.monotonic() + self._busy_timeout
-        self._committer.submit(operation, thread)
-        if self.closed:  # by a signal's handler, which had to leave it to us
-            self.close()
+        try:
+            self._committer.submit(operation, thread)
+        finally:
+            if self._unclosed:
+                self.close()
 
     def transact(
         self,
@@ -253,8 +256,16 @@ class Database:
 
     def undo(self, operation: Operation) -> None:
         """Take back what it did."""
-        with self._committer.lock:
-            self._take_all_back([operation], self._ready().connection, committed=True)
+        committer = self._committer
+        with committer.lock:
+            committer.leader = threading.get_ident()
+            try:
+                if self._session is None:  # closed, or unusable, since
+                    log.error("%s: a call that failed could not be undone", self.options.path)
+                else:
+                    self._take_all_back([operation], self._session, committed=True)
+            finally:
+                committer.leader = None
 
     def _commit_alone(self, session: _Session, operation: Operation) -> None:
         """Inside the turnstile: one operation, and out."""
@@ -303,7 +314,7 @@ class Database:
                 raise
         if interrupt is not None:
             raise interrupt
-        if failed and own is not None and not own.finished:  # it was not begun
+        if failed and not isinstance(failed[0], BrokenError) and own and not own.finished:
             raise self._explained(session, failed[0]) from failed[0]
 
     def _conclude(self, session: _Session, committed: list[Any], failed: list[Exception]) -> None:
@@ -320,7 +331,7 @@ class Database:
             except StoreError as error:
                 failed.append(error)
         if not committed or (failed and isinstance(failed[0], MovedError)):
-            self._take_all_back(carried, session.connection, committed=bool(committed))
+            self._take_all_back(carried, session, committed=bool(committed))
         if failed and carried:
             self._refuse(session, carried, failed[0])
         self._committer.answer()
@@ -338,9 +349,11 @@ class Database:
             operation.finished = True
 
     def _take_all_back(
-        self, carried: list[Operation], connection: Connection, *, committed: bool
+        self, carried: list[Operation], session: _Session, *, committed: bool
     ) -> None:
         """Have nothing stand of what these did. Idempotent."""
+        connection = session.connection
+        session.patience.deadline = time.monotonic() + self._busy_timeout
         try:
             if not committed:
                 roll_back(connection)
@@ -448,7 +461,7 @@ class Database:
         if held:
             self._whole = None
         self._committer.release(held)
-        if self.closed:  # in the meantime
+        if self._unclosed:
             self.close()
 
     def touch(self, connection: Connection) -> None:
@@ -476,7 +489,7 @@ class Database:
                 raise self.mapped(error) from error
             finally:
                 self._browser = None
-        if self.closed:
+        if self._unclosed:
             self.close()
         return found
 
@@ -592,21 +605,32 @@ class Database:
         if session is not None:
             session.bell.wake_all()
         self._committer.wake_all()
-        if self._is_inside(threading.get_ident()):
-            return  # a signal's handler in the middle of a call, which will close it
-        with self._committer.lock, self._read_lock:
-            self._committer.close()
-            session = self._session or self._spent
-            self._session = self._spent = None
-            if session is None:
-                return
+        thread = threading.get_ident()
+        if self._is_inside(thread):
+            self._unclosed = True  # a signal's handler in the middle of a call, which will close it
+            return
+        committer = self._committer
+        with committer.lock, self._read_lock:
+            committer.leader = thread
             try:
-                if not session.identity.stands():
-                    # The path is another file's now: leave its -wal alone.
-                    session.connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
-                session.close()
-            except apsw.Error as error:
-                raise self.mapped(error) from error
+                self._close()
+            finally:
+                committer.leader = None
+
+    def _close(self) -> None:
+        self._unclosed = False
+        self._committer.close()
+        session = self._session or self._spent
+        self._session = self._spent = None
+        if session is None:
+            return
+        try:
+            if not session.identity.stands():
+                # The path is another file's now: leave its -wal alone.
+                session.connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+            session.close()
+        except apsw.Error as error:
+            raise self.mapped(error) from error
 
     # -- the session
 
@@ -705,7 +729,7 @@ class Database:
         connection = session.connection
         stands = not connection.in_transaction and not isinstance(error, apsw.Error)
         carried = [] if operation is None or isinstance(error, UndecidedError) else [operation]
-        interrupt = surely(lambda: self._take_all_back(carried, connection, committed=stands))
+        interrupt = surely(lambda: self._take_all_back(carried, session, committed=stands))
         if interrupt is not None and isinstance(error, Exception):
             raise interrupt
 
@@ -752,6 +776,8 @@ class Database:
                 lock.release()
 
     def _after_fork_in_child(self) -> None:
+        # This thread may have been waiting for one of them, and its handler forked.
+        self._after_fork_in_parent()
         session = self._session or self._spent
         self._session = self._spent = self._whole = None
         self._browser = None
