@@ -67,7 +67,6 @@ class Operation:
         done: Not empty while something of it stands that `undo` would take back. It is filled in
             the C call that makes it stand, so that no Ctrl-C comes in between.
         tokens: To ring for.
-        tidies: Whether it is one of those behind which the file is tidied.
         finished: Whether it was carried out, or refused.
         error: Why it was refused.
         deadline: On the monotonic clock, until when it may wait for its turn.
@@ -76,7 +75,6 @@ class Operation:
     whole = False
     besides: Waiter | None = None
     tokens: Iterable[str] = ()
-    tidies = False
     finished = False
     error: BaseException | None = None
     deadline = 0.0
