@@ -292,18 +292,16 @@ class Database:
         failed: list[Exception] = []
 
         def conclude() -> None:
+            session.turnstile.leave()
             self._conclude(session, committed, failed)
 
         try:
-            try:
-                if not session.booted:
-                    session.boot()
-                connection.execute("BEGIN IMMEDIATE")
-                self._committer.take(own)
-                together(connection, self._committer.carried)
-                run(committed, connection, "COMMIT", ())
-            finally:
-                session.turnstile.leave()
+            if not session.booted:
+                session.boot()
+            connection.execute("BEGIN IMMEDIATE")
+            self._committer.take(own)
+            together(connection, self._committer.carried)
+            run(committed, connection, "COMMIT", ())
         except Exception as error:  # noqa: BLE001  # told to each of them below
             failed.append(error)
         finally:
@@ -319,7 +317,7 @@ class Database:
 
     def _conclude(self, session: _Session, committed: list[Any], failed: list[Exception]) -> None:
         """Finish what was committed, refuse what failed, hand back what it broke. Idempotent."""
-        carried = self._committer.carried
+        carried = [each for each in self._committer.carried if not each.finished]
         if committed and not failed:
             try:
                 self._confirm(session)
@@ -345,7 +343,7 @@ class Database:
         ours = self._explained(session, error)
         for operation in refused:
             operation.error = copy.copy(ours)
-            operation.error.__cause__ = error
+            operation.error.__cause__ = error.__cause__ if ours is error else error
             operation.finished = True
 
     def _take_all_back(
@@ -729,7 +727,12 @@ class Database:
         connection = session.connection
         stands = not connection.in_transaction and not isinstance(error, apsw.Error)
         carried = [] if operation is None or isinstance(error, UndecidedError) else [operation]
-        interrupt = surely(lambda: self._take_all_back(carried, session, committed=stands))
+
+        def step() -> None:
+            session.turnstile.leave()  # an interrupt may have kept it from that
+            self._take_all_back(carried, session, committed=stands)
+
+        interrupt = surely(step)
         if interrupt is not None and isinstance(error, Exception):
             raise interrupt
 
