@@ -323,8 +323,9 @@ class Database:
                 self._confirm(session)
                 for operation in carried:
                     session.bell.ring_all(operation.tokens, operation.besides)
-                    if isinstance(operation.error, apsw.Error):
-                        operation.error = self.mapped(operation.error)
+                    if isinstance(cause := operation.error, apsw.Error):
+                        operation.error = self.mapped(cause)
+                        operation.error.__cause__ = cause
                     operation.finished = True
             except StoreError as error:
                 failed.append(error)
