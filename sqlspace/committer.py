@@ -347,8 +347,14 @@ class Committer:
                 self._file.ensure_usable()
                 if seizure.awaits or self.leader is not None or self._is_behind(seizure):
                     self._park(seizure)
-        except BaseException:
-            surely(lambda: self._give_up(seizure, held))
+        except BaseException as error:
+            try:
+                interrupt = surely(lambda: self._give_up(seizure, held))
+            except (KeyboardInterrupt, SystemExit):  # on the way into it or out of it
+                surely(lambda: self._give_up(seizure, held))
+                raise
+            if interrupt is not None and isinstance(error, Exception):
+                raise interrupt from None
             raise
         finally:
             self.joined.discard(thread)

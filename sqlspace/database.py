@@ -290,6 +290,7 @@ class Database:
         connection = session.connection
         committed: list[Any] = []  # not empty once they are
         failed: list[Exception] = []
+        interrupt: BaseException | None = None
 
         def conclude() -> None:
             session.turnstile.leave()
@@ -306,7 +307,10 @@ class Database:
             failed.append(error)
         finally:
             try:
-                interrupt = surely(conclude)
+                try:
+                    conclude()
+                except (KeyboardInterrupt, SystemExit) as error:
+                    interrupt = surely(conclude) or error
             except (KeyboardInterrupt, SystemExit):  # on the way into it or out of it
                 surely(conclude)
                 raise
@@ -534,7 +538,11 @@ class Database:
             except apsw.Error as error:
                 raise self._explained(session, error) from error
         finally:
-            surely(lambda: self.end(held))
+            try:
+                surely(lambda: self.end(held))
+            except (KeyboardInterrupt, SystemExit):  # on the way into it or out of it
+                surely(lambda: self.end(held))
+                raise
 
     def backup(self, target: str) -> None:
         """Copy a consistent state to a new file."""

@@ -95,7 +95,11 @@ class Transaction:
 
     def _end(self) -> None:
         self._over = True
-        interrupt = surely(lambda: self._database.end(self._held))
+        try:
+            interrupt = surely(lambda: self._database.end(self._held))
+        except (KeyboardInterrupt, SystemExit):  # on the way into it or out of it
+            surely(lambda: self._database.end(self._held))
+            raise
         self._left.close()
         if interrupt is not None:
             raise interrupt

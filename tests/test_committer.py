@@ -5,16 +5,19 @@ import fcntl
 import functools
 import itertools
 import os
+import signal
 import threading
 
 import apsw
 import pytest
 from children import PATIENCE_SECONDS, eventually
+from interrupts import interrupted
 
 import sqlspace
 from sqlspace import committer, database
-from sqlspace.committer import Work
+from sqlspace.committer import Committer, Work
 from sqlspace.errors import (
+    ClosedError,
     DeadlineError,
     DecodeError,
     FullError,
@@ -22,6 +25,7 @@ from sqlspace.errors import (
     StoreError,
     UndecidedError,
 )
+from sqlspace.waiting import MISSING
 
 
 @pytest.fixture
@@ -541,3 +545,278 @@ def test_a_commit_that_fails_and_the_next_one_as_well_is_undecided_for_all(faili
     found = committer_of(failing)
     assert not (found.lock.locked() or found._queue or found.carried or found.joined)
     assert is_free(failing)
+
+
+# -- Ctrl-C
+
+
+def state(store):
+    """All entries but those of the others."""
+    return sorted(
+        (key, entry.payload, entry.state, entry.attempts)
+        for key in store.keys()
+        if key != "other"
+        for entry in store.entries(key)
+    )
+
+
+def push(store):
+    return lambda: store.push("k", b"x")
+
+
+def push_known(store):
+    store.push("k", b"x", dedupe="d")
+    return lambda: store.push("k", b"y", dedupe="e")
+
+
+def pullp(store):
+    store.push("k", b"x")
+    return lambda: store.pullp("k")
+
+
+def pull(store):
+    store.push("k", b"x")
+    return lambda: store.pull("k", 60)
+
+
+def pull_many(store):
+    store.push_many("k", [b"x", b"y"])
+    return lambda: store.pull_many("k", 2)
+
+
+def claimp(store):
+    store.push("k", b"x")
+    return lambda: store.claimp("k", lease=600)
+
+
+def ack(store):
+    return claimp(store)().ack
+
+
+def transaction(store):
+    store.push("k", b"x")
+
+    def call():
+        with store.transaction() as together:
+            together.push("new", b"x")
+            together.pullp("k")
+
+    return call
+
+
+INTERRUPTED = {
+    each.__name__: each
+    for each in (push, push_known, pullp, pull, pull_many, claimp, ack, transaction)
+}
+
+
+def forget(store):
+    for key in store.keys():
+        store.clear(key)
+
+
+class Crowd:
+    """Those who are in the queue while the main thread leads, or follows."""
+
+    def __init__(self, store):
+        self.store = store
+        self.calls = []
+
+    def join(self, number):
+        for _ in range(number):
+            self.calls.append(Call(self.store.push, "other", b"x"))
+
+    def check(self):
+        """Each is done, once."""
+        seqs = sorted(call.result() for call in self.calls)
+        assert seqs == [entry.seq for entry in self.store.entries("other")]
+
+
+def strike_leading(store, monkeypatch, call, *steps, **options):
+    """Interrupt a call that leads two others, who join when it has the lock."""
+    crowd, paused = Crowd(store), []
+    enter = Committer.enter
+    main = threading.get_ident()
+
+    def entering(self, turnstile, operation):
+        if threading.get_ident() == main and not crowd.calls:
+            paused.append(None)
+            crowd.join(2)
+            eventually(lambda: len(self._queue) == 2 or store._database.closed)
+            paused.clear()
+        return enter(self, turnstile, operation)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Committer, "enter", entering)
+        found = interrupted(call, *steps, paused=paused, **options)
+    return *found, crowd
+
+
+def strike_following(store, monkeypatch, call, *steps, **options):
+    """Interrupt a call that is carried by another, who was there before."""
+    crowd, paused = Crowd(store), []
+    park = Committer._park
+    main = threading.get_ident()
+
+    def parking(self, operation):
+        if threading.get_ident() == main:
+            paused.append(None)
+            go.set()
+            paused.clear()
+        return park(self, operation)
+
+    with monkeypatch.context() as patch, standing(store) as go:
+        crowd.join(1)
+        queued(store, 1)
+        patch.setattr(Committer, "_park", parking)
+        found = interrupted(call, *steps, paused=paused, **options)
+    return *found, crowd
+
+
+STRIKES = {"leads": strike_leading, "follows": strike_following}
+
+
+@pytest.mark.parametrize("gap", [None, 9, 23], ids=["once", "twice", "twice, later"])
+@pytest.mark.parametrize("role", STRIKES)
+@pytest.mark.parametrize("verb", INTERRUPTED)
+def test_ctrl_c_anywhere_undoes_the_call_it_strikes_and_no_other(
+    store, monkeypatch, verb, role, gap
+):
+    """Its call did nothing, the others' are done once, nobody hangs, and nothing stays held."""
+    prepare, strike = INTERRUPTED[verb], STRIKES[role]
+    call = prepare(store)
+    undone = state(store)
+    call()
+    done = state(store)
+    stride = 7 if gap is None else 19
+    for step in itertools.count(1 + len(verb), stride):
+        forget(store)
+        call = prepare(store)
+        steps = (step,) if gap is None else (step, step + gap)
+        value, struck, crowd = strike(store, monkeypatch, call, *steps)
+        crowd.check()
+        found = state(store)
+        if value is MISSING and verb != "transaction":
+            assert found == undone, step
+        else:
+            assert found in ((undone, done) if value is MISSING else (done,)), step
+        del call, value
+        check_at_rest(store)
+        if not struck:
+            return
+
+
+@contextlib.contextmanager
+def struck_when(condition):
+    """A signal reaches the main thread when the condition is met; yields what its handler sets."""
+    struck = threading.Event()
+
+    def deliver(*_):
+        struck.set()
+        raise KeyboardInterrupt
+
+    def send():
+        eventually(condition, "the moment to strike")
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, deliver)
+    sender = Call(send)
+    try:
+        yield struck
+    finally:
+        sender.result()
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("verb", INTERRUPTED)
+def test_ctrl_c_ends_the_wait_in_the_queue_at_once(store, verb):
+    """While the leader still stands inside: the call did nothing, and never will."""
+    call = INTERRUPTED[verb](store)
+    undone = state(store)
+    with standing(store) as go:
+        with struck_when(lambda: committer_of(store)._queue), pytest.raises(KeyboardInterrupt):
+            call()
+        assert not go.is_set()
+        assert not committer_of(store)._queue
+    assert state(store) == undone
+    check_at_rest(store)
+
+
+@pytest.mark.parametrize("verb", [verb for verb in INTERRUPTED if verb != "transaction"])
+def test_ctrl_c_while_another_carries_the_operation_takes_it_back(store, verb):
+    """It can't be withdrawn any more: the call waits for the outcome, and undoes that."""
+    call = INTERRUPTED[verb](store)
+    undone = state(store)
+    inside, go = threading.Event(), threading.Event()
+
+    def stand(_):
+        inside.set()
+        assert go.wait(PATIENCE_SECONDS)
+        return ()
+
+    found = committer_of(store)
+    with standing(store) as first:
+        leader = Call(store._database.transact, stand)
+        queued(store, 1)
+
+        def is_carried():
+            if len(found._queue) == 2:
+                first.set()
+            return inside.is_set()
+
+        with struck_when(is_carried) as struck:
+            after = Call(lambda: struck.wait(PATIENCE_SECONDS) and go.set())
+            with pytest.raises(KeyboardInterrupt):
+                call()
+            after.result()
+    leader.result()
+    assert state(store) == undone
+    check_at_rest(store)
+
+
+def test_what_an_interrupt_undoes_has_all_its_time_for_it(path, child):
+    """However late the leader's own time was: else a pull would be lost."""
+    with sqlspace.open(path, sync=False, busy_timeout=60) as store:
+        store.push("k", b"x")
+        session = store._database._session
+        grab = sqlspace.taking.Grab(store._database, ["k"])
+        assert grab.run()
+        session.patience.deadline = 0.0
+        other = apsw.Connection(path)
+        other.execute("BEGIN IMMEDIATE")
+        undoing = Call(store._database.undo, grab)
+        eventually(lambda: committer_of(store).leader, "the undoing")
+        threading.Timer(0.05, other.execute, ["ROLLBACK"]).start()
+        undoing.result()
+        other.close()
+        assert payloads(store) == [b"x"]
+        check_at_rest(store)
+
+
+# -- a signal's handler in the middle
+
+
+@pytest.mark.parametrize("role", STRIKES)
+@pytest.mark.parametrize("verb", ["push", "pullp", "transaction"])
+def test_a_handler_that_closes_the_store_anywhere_waits_for_nobody(
+    path, monkeypatch, verb, role
+):
+    """Its call ends as if nothing were, or by ClosedError; then the store is closed indeed."""
+    for step in itertools.count(1, 23):
+        with sqlspace.open(path, sync=False) as store:
+            forget(store)
+            call = INTERRUPTED[verb](store)
+            undone = state(store)
+            try:
+                value, struck, crowd = STRIKES[role](
+                    store, monkeypatch, call, step, deed=store.close
+                )
+            except ClosedError:
+                value, struck, crowd = MISSING, True, None
+            if struck:
+                assert store._database._session is None, step
+                assert not committer_of(store)._queue
+        with sqlspace.open(path, sync=False) as store:
+            assert value is not MISSING or state(store) == undone
+        if not struck:
+            return
