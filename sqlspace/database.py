@@ -150,6 +150,8 @@ class _Session:
 
     def abandon(self) -> None:
         """In a forked child: let go all that is the parent's, and leave no trace in the file."""
+        self.turnstile.close()
+        self.marks.close()
         for connection in (self.reader, self.connection):
             if connection is not None:
                 connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
@@ -187,7 +189,7 @@ class Database:
         self._committer = Committer(self)
         self._read_lock = threading.Lock()
         self._browser: int | None = None  # the thread that has it
-        self._inside = False  # whether the thread that forks is in the middle of a call
+        self._inside = False  # whether the thread that forks, or did, is in the middle of a call
         self._whole: _Session | None = None  # in which a caller's own transaction is open
         self._busy_timeout = options.busy_timeout
         self._session: _Session | None = None
@@ -209,6 +211,9 @@ class Database:
         operation.deadline = time.monotonic() + self._busy_timeout
         try:
             self._committer.submit(operation, thread)
+        except Exception:
+            self.ensure_not_forked_inside()
+            raise
         finally:
             if self._unclosed:
                 self.close()
@@ -417,7 +422,11 @@ class Database:
         Raises:
             ClosedError, StoreError, ValueError: as `write`; inside another call.
         """
-        self._whole = session = self._seize(held)
+        try:
+            self._whole = session = self._seize(held)
+        except Exception:
+            self.ensure_not_forked_inside()
+            raise
         try:
             if not session.booted:
                 session.boot()
@@ -443,6 +452,7 @@ class Database:
             self._confirm(session)
             session.bell.ring_all(tokens)
         except BaseException as error:
+            self.ensure_not_forked_inside()
             self._take_back(session, error, None)
             if isinstance(error, apsw.Error):
                 raise self._explained(session, error) from error
@@ -604,6 +614,11 @@ class Database:
         self.ensure_open()
         if self._poison is not None:
             raise type(self._poison)(*self._poison.args) from self._poison
+
+    def ensure_not_forked_inside(self) -> None:
+        """In a child that goes on with a call of its parent's, all else that fails is noise."""
+        if self._inside:
+            self.ensure_usable()
 
     def close(self) -> None:
         """Close it; idempotent. Calls under way end first."""
@@ -782,6 +797,10 @@ class Database:
         return (committer.lock, committer.leader), (self._read_lock, self._browser)
 
     def _after_fork_in_parent(self) -> None:
+        self._inside = False
+        self._let_go()
+
+    def _let_go(self) -> None:
         thread = threading.get_ident()
         for lock, owner in reversed(self._owned()):
             if owner != thread:
@@ -789,7 +808,7 @@ class Database:
 
     def _after_fork_in_child(self) -> None:
         # This thread may have been waiting for one of them, and its handler forked.
-        self._after_fork_in_parent()
+        self._let_go()
         session = self._session or self._spent
         self._session = self._spent = self._whole = None
         self._browser = None

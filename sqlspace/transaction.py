@@ -297,6 +297,7 @@ class Transaction:
         except BaseException as error:
             if done:
                 raise
+            self._database.ensure_not_forked_inside()
             del self._rings[rings:]
             for delivery in list(self._settled)[settled:]:
                 del self._settled[delivery]

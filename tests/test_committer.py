@@ -7,6 +7,7 @@ import itertools
 import os
 import signal
 import threading
+import traceback
 
 import apsw
 import pytest
@@ -17,11 +18,13 @@ import sqlspace
 from sqlspace import committer, database
 from sqlspace.committer import Committer, Work
 from sqlspace.errors import (
+    BusyError,
     ClosedError,
     DeadlineError,
     DecodeError,
     FullError,
     LeaseError,
+    MovedError,
     StoreError,
     UndecidedError,
 )
@@ -636,13 +639,15 @@ def strike_leading(store, monkeypatch, call, *steps, **options):
     """Interrupt a call that leads two others, who join when it has the lock."""
     crowd, paused = Crowd(store), []
     enter = Committer.enter
-    main = threading.get_ident()
+    main = threading.get_ident(), os.getpid()
 
     def entering(self, turnstile, operation):
-        if threading.get_ident() == main and not crowd.calls:
+        if (threading.get_ident(), os.getpid()) == main and not crowd.calls:
             paused.append(None)
             crowd.join(2)
-            eventually(lambda: len(self._queue) == 2 or store._database.closed)
+            eventually(
+                lambda: len(self._queue) == 2 or store._database.closed or os.getpid() != main[1]
+            )
             paused.clear()
         return enter(self, turnstile, operation)
 
@@ -652,7 +657,7 @@ def strike_leading(store, monkeypatch, call, *steps, **options):
     return *found, crowd
 
 
-def strike_following(store, monkeypatch, call, *steps, **options):
+def strike_following(store, monkeypatch, call, *steps, deed=None, **options):
     """Interrupt a call that is carried by another, who was there before."""
     crowd, paused = Crowd(store), []
     park = Committer._park
@@ -669,6 +674,13 @@ def strike_following(store, monkeypatch, call, *steps, **options):
         crowd.join(1)
         queued(store, 1)
         patch.setattr(Committer, "_park", parking)
+        if deed is not None:  # which may wait for who stands inside
+
+            def going(deed=deed):
+                go.set()
+                deed()
+
+            options["deed"] = going
         found = interrupted(call, *steps, paused=paused, **options)
     return *found, crowd
 
@@ -798,25 +810,448 @@ def test_what_an_interrupt_undoes_has_all_its_time_for_it(path, child):
 
 @pytest.mark.parametrize("role", STRIKES)
 @pytest.mark.parametrize("verb", ["push", "pullp", "transaction"])
-def test_a_handler_that_closes_the_store_anywhere_waits_for_nobody(
-    path, monkeypatch, verb, role
-):
+def test_a_handler_that_closes_the_store_anywhere_waits_for_nobody(path, monkeypatch, verb, role):
     """Its call ends as if nothing were, or by ClosedError; then the store is closed indeed."""
     for step in itertools.count(1, 23):
         with sqlspace.open(path, sync=False) as store:
             forget(store)
             call = INTERRUPTED[verb](store)
             undone = state(store)
-            try:
-                value, struck, crowd = STRIKES[role](
-                    store, monkeypatch, call, step, deed=store.close
+            value, struck = MISSING, []
+            with contextlib.suppress(ClosedError):
+                value, _, _ = STRIKES[role](
+                    store, monkeypatch, call, step, deed=store.close, struck=struck
                 )
-            except ClosedError:
-                value, struck, crowd = MISSING, True, None
             if struck:
                 assert store._database._session is None, step
-                assert not committer_of(store)._queue
+                eventually(lambda: not committer_of(store)._queue, "the others' end")
         with sqlspace.open(path, sync=False) as store:
             assert value is not MISSING or state(store) == undone
         if not struck:
             return
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+@pytest.mark.parametrize("role", STRIKES)
+@pytest.mark.parametrize("verb", ["push", "pullp", "transaction"])
+def test_a_handler_may_fork_anywhere(store, monkeypatch, verb, role):
+    """Neither hangs; the child's call ends, or says that it was forked in the middle of it."""
+    parent = os.getpid()
+    for step in itertools.count(1, 31):
+        forget(store)
+        call = INTERRUPTED[verb](store)
+        children = []
+
+        def fork(children=children):
+            pid = os.fork()
+            if not pid:
+                signal.alarm(int(PATIENCE_SECONDS))  # its default kills
+            children.append(pid)
+
+        try:
+            value, struck, crowd = STRIKES[role](store, monkeypatch, call, step, deed=fork)
+        except BaseException as error:
+            if os.getpid() == parent:
+                raise
+            if not isinstance(error, StoreError):
+                traceback.print_exc()
+                os._exit(1)
+        if os.getpid() != parent:
+            os._exit(0)
+        for pid in children:
+            assert os.waitpid(pid, 0)[1] == 0, step
+        assert value is not MISSING, step
+        crowd.check()
+        del call, value
+        check_at_rest(store)
+        if not struck:
+            return
+
+
+def test_a_fork_while_others_are_queued_leaves_the_child_a_store_of_its_own(path, child):
+    """None of them is in the child; in the parent they go on."""
+    process = child(FORKED, path)
+    process.expect("child 1", "0", "parent 4")
+    process.finish()
+
+
+FORKED = """
+store = sqlspace.open(argv[0], sync=False)
+inside, go = threading.Event(), threading.Event()
+
+def stand(_):
+    inside.set()
+    go.wait()
+    return ()
+
+threads = [threading.Thread(target=store._database.transact, args=(stand,))]
+threads[0].start()
+inside.wait()
+for _ in range(3):
+    threads.append(threading.Thread(target=store.push, args=("k", b"parent")))
+    threads[-1].start()
+queue = store._database._committer._queue
+eventually(lambda: len(queue) == 3)
+threading.Timer(0.05, go.set).start()  # a fork waits for who stands inside
+pid = os.fork()
+if not pid:
+    assert not store._database._committer._queue
+    store.push("child", b"x")
+    tell("child", store.len("child"))
+    store.close()
+    os._exit(0)
+tell(os.waitpid(pid, 0)[1])
+for thread in threads:
+    thread.join()
+tell("parent", store.len("k") + store.len("child"))
+store.close()
+"""
+
+
+# -- deadlines, and what ends a wait
+
+
+FROZEN = """
+store = sqlspace.open(argv[0], sync=False)
+store.push("k", b"before")
+store._database._session.turnstile.wait()
+tell("inside")
+hear()
+store._database._session.turnstile.leave()
+store.close()
+"""
+
+
+@contextlib.contextmanager
+def shut(store, child):
+    """Another process stands inside the turnstile; frozen."""
+    frozen = child(FROZEN, store.path)
+    frozen.expect("inside")
+    frozen.stop()
+    try:
+        yield
+    finally:
+        frozen.send(signal.SIGCONT)
+        frozen.tell("leave")
+        frozen.finish()
+
+
+WAYS = {
+    "push": lambda store: store.push("k", b"x"),
+    "pullp": lambda store: store.pullp("k"),
+    "put": lambda store: store.put("k", b"x"),
+    "transaction": lambda store: store.transaction().__enter__(),
+}
+
+
+@pytest.mark.parametrize("verb", WAYS)
+def test_who_waits_beyond_its_time_leaves_the_queue_and_nothing_happened(path, verb):
+    """Also if the leader stands still; the others' time is their own."""
+    with sqlspace.open(path, sync=False) as store:
+        store.push("k", b"0")
+        before = state(store)
+        with standing(store):
+            patient = Call(store.push, "k", b"1")
+            queued(store, 1)
+            store._database._busy_timeout = 0.05
+            with pytest.raises(BusyError):
+                WAYS[verb](store)
+            store._database._busy_timeout = 30.0
+            assert len(committer_of(store)._queue) == 1
+            assert state(store) == before
+        patient.result()
+        assert payloads(store) == [b"0", b"1"]
+        check_at_rest(store)
+
+
+@pytest.mark.parametrize("verb", WAYS)
+def test_who_waits_behind_a_frozen_process_leaves_in_time(path, child, verb):
+    """The helper waits on at the turnstile; an empty key's pullp needs no lock, and returns."""
+    with sqlspace.open(path, sync=False) as store:
+        store.push("k", b"0")
+        with shut(store, child):
+            before = state(store)
+            calls = [Call(store.push, "k", b"%d" % n) for n in (1, 2)]
+            queued(store, 2)
+            eventually(lambda: committer_of(store).waiting, "the helper")
+            assert store.pullp("nothing there") is None
+            store._database._busy_timeout = 0.05
+            with pytest.raises(BusyError):
+                WAYS[verb](store)
+            store._database._busy_timeout = 30.0
+            assert state(store) == before
+        for call in calls:
+            call.result()
+        assert sorted(payloads(store)) == [b"0", b"1", b"2", b"before"]
+        check_at_rest(store)
+
+
+def test_a_close_wakes_those_in_the_queue(path, child):
+    """They get ClosedError while the other process still is frozen, or another thread inside."""
+    store = sqlspace.open(path, sync=False)
+    store.push("k", b"0")
+    with shut(store, child):
+        calls = [Call(store.push, "k", b"x"), Call(store.transaction().__enter__)]
+        queued(store, 2)
+        store.close()
+        for call in calls:
+            with pytest.raises(ClosedError):
+                call.result()
+    store = sqlspace.open(path, sync=False)
+    with standing(store) as go:
+        calls = [Call(store.push, "k", b"x"), Call(store.transaction().__enter__)]
+        queued(store, 2)
+        closing = Call(store.close)
+        for call in calls:
+            with pytest.raises(ClosedError):
+                call.result()
+        assert closing.runs()
+        go.set()
+        closing.result()
+
+
+def test_a_file_that_was_moved_wakes_all_with_moved_error(path):
+    """Who finds out tells it to those whom it has carried, undecided; the queue is woken."""
+    store = sqlspace.open(path, sync=False)
+    store.push("p", b"x")
+    moving = standing(store, step=lambda _: os.rename(path, path + ".moved") or ())
+    with pytest.raises(MovedError), moving as go:
+        calls = [Call(store.push, "k", b"x"), Call(store.transaction().__enter__)]
+        queued(store, 2)
+        go.set()
+        for call in calls:
+            with pytest.raises(MovedError):
+                call.result()
+    store.close()
+
+
+def test_what_was_committed_into_a_moved_file_is_told_so(path):
+    """A batch: each is told by an error of its own that it may have happened there."""
+    store = sqlspace.open(path, sync=False)
+    store.push("p", b"x")
+    connection = store._database._session.connection
+    commits = itertools.count()
+
+    def move():
+        if next(commits) == 1:
+            os.rename(path, path + ".moved")
+        return False
+
+    with standing(store):
+        connection.set_commit_hook(move)
+        calls = [Call(store.push, "k", b"x"), Call(store.pullp, "p")]
+        queued(store, 2)
+    for call in calls:
+        with pytest.raises(MovedError):
+            call.result()
+        assert call.error.undecided
+    assert calls[0].error is not calls[1].error
+    store.close()
+
+
+# -- transactions
+
+
+def test_others_queue_while_a_transaction_is_open_and_then_share_one_commit(store):
+    """None of them is in it, and none is refused."""
+    with counted(store) as commits:
+        with store.transaction() as together:
+            together.push("k", b"0")
+            calls = [Call(store.push, "k", b"x") for _ in range(5)]
+            queued(store, 5)
+        for call in calls:
+            call.result()
+        assert len(commits) == 2
+    assert payloads(store) == [b"0", *[b"x"] * 5]
+    check_at_rest(store)
+
+
+@contextlib.contextmanager
+def steady(store, number):
+    """So many threads that push all the time; yields a counter of each."""
+    counts, over = [0] * number, threading.Event()
+
+    def work(name):
+        while not over.is_set():
+            store.push("other", b"x")
+            counts[name] += 1
+
+    calls = [Call(work, name) for name in range(number)]
+    try:
+        eventually(lambda: all(counts), "the pushes")
+        yield counts
+    finally:
+        over.set()
+        for call in calls:
+            call.result()
+        assert store.len("other") == sum(counts)
+
+
+@pytest.mark.parametrize("number", [1, 4])
+@pytest.mark.parametrize("sync", [True, False])
+def test_nobody_leads_past_a_transaction_that_waits(path, monkeypatch, number, sync):
+    """However fast others push: one that waits goes in when the leader of that moment has left."""
+    with sqlspace.open(path, sync=sync) as store:
+        found = committer_of(store)
+        behind = []
+        lead = Committer._lead
+
+        def leading(self, operation, thread):
+            with contextlib.suppress(IndexError):
+                if isinstance(list(self._queue)[0], committer.Seizure) and not self.lock.locked():
+                    behind.append(operation)
+            lead(self, operation, thread)
+
+        with steady(store, number):
+            for _ in range(20):
+                with store.transaction() as together:
+                    together.push("k", b"x")
+                    leads = []
+                    monkeypatch.setattr(
+                        Committer, "_lead", lambda *all_: leads.append(lead(*all_))
+                    )
+                monkeypatch.setattr(Committer, "_lead", lead)
+        assert store.len("k") == 20
+        assert not found.joined
+        check_at_rest(store)
+
+
+def test_transactions_of_many_threads_take_turns(store):
+    """One that is done at once wants another: it goes behind those who wait."""
+    turns = []
+
+    def work(name):
+        for _ in range(20):
+            with store.transaction() as together:
+                together.push("k", b"%d" % name)
+                turns.append(name)
+
+    with standing(store):
+        calls = [Call(work, name) for name in range(3)]
+        queued(store, 3)
+    for call in calls:
+        call.result()
+    assert all(len(set(turns[at : at + 3])) == 3 for at in range(0, 60, 3)), turns
+    check_at_rest(store)
+
+
+BUSY = """
+store = sqlspace.open(argv[0], sync=False)
+tell("ready")
+hear()
+over = threading.Event()
+threading.Thread(target=lambda: hear() and over.set(), daemon=True).start()
+number = 0
+while not over.is_set():
+    store.push(argv[1], b"x")
+    number += 1
+    if number == 1:
+        tell("at work")
+tell(number)
+store.close()
+"""
+
+
+@contextlib.contextmanager
+def at_work(path, child):
+    """Another process that pushes all the time; what it pushed is there in the end."""
+    process = child(BUSY, path, "elsewhere")
+    process.expect("ready")
+    process.tell("go")
+    process.expect("at work")
+    try:
+        yield
+    finally:
+        process.tell("enough")
+        number = int(process.told())
+        process.finish()
+    with sqlspace.open(path, sync=False) as store:
+        assert store.len("elsewhere") == number
+
+
+def test_threads_and_transactions_get_in_beside_another_process(path, child):
+    """The helper lets them in; it ends when the store is closed."""
+    with at_work(path, child):
+        with sqlspace.open(path, sync=False) as store:
+            with steady(store, 4):
+                for number in range(20):
+                    with store.transaction() as together:
+                        together.push("k", b"%d" % number)
+            helper = committer_of(store)._helper
+            assert payloads(store) == [b"%d" % number for number in range(20)]
+            eventually(lambda: not committer_of(store).waiting, "the helper's rest")
+        if helper is not None:
+            helper.join(PATIENCE_SECONDS)
+            assert not helper.is_alive()
+
+
+def test_the_helper_lets_in_the_transaction_that_is_first(path, child):
+    """It waits at the turnstile; then nobody else enters until the transaction has ended."""
+    with sqlspace.open(path, sync=False) as store:
+        store.push("k", b"0")
+        inside, go = threading.Event(), threading.Event()
+
+        def together():
+            with store.transaction() as transaction:
+                inside.set()
+                assert go.wait(PATIENCE_SECONDS)
+                transaction.push("k", b"1")
+
+        with shut(store, child):
+            first = Call(together)
+            queued(store, 1)
+            second = Call(store.push, "k", b"2")
+            queued(store, 2)
+        assert inside.wait(PATIENCE_SECONDS)
+        assert not is_free(store)
+        assert second.runs()
+        go.set()
+        first.result()
+        second.result()
+        assert payloads(store) == [b"0", b"before", b"1", b"2"]
+        committer_of(store)._helper.join(0)
+        check_at_rest(store)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_seizure_that_gives_up_when_it_is_granted_leaves_nothing_shut(path, monkeypatch, late):
+    """Its time is over at the very moment: it is out of the queue, or granted, and never both."""
+    with sqlspace.open(path, sync=False) as store:
+        store.push("k", b"0")
+        found = committer_of(store)
+        turnstile = store._database._session.turnstile
+        holder = os.open(path + "-wal", os.O_RDONLY)
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        grant = Committer._grant
+        seizing = Call(store.transaction().__enter__)
+        queued(store, 1)
+
+        def granting(self):
+            (seizure,) = self._queue
+            if late:
+                granted = grant(self)
+            seizing_may_end(seizure)
+            return granted if late else grant(self)
+
+        def seizing_may_end(seizure):
+            seizure.deadline = 0.0
+            committer._wake(seizure)
+
+        monkeypatch.setattr(Committer, "_grant", granting)
+        if not late:  # it leaves by itself while the helper is about to let it in
+
+            def leave(self):
+                (seizure,) = self._queue
+                self._withdraw(seizure)
+                return grant(self)
+
+            monkeypatch.setattr(Committer, "_grant", leave)
+        os.close(holder)
+        if late:
+            transaction = seizing.result()
+            transaction.__exit__(None, None, None)
+        else:
+            eventually(lambda: not found.waiting, "the helper's end")
+            assert is_free(store)
+            store._database._busy_timeout = 0.0
+        assert turnstile is store._database._session.turnstile
