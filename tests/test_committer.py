@@ -1,10 +1,13 @@
 """Many operations, one commit: who leads, who follows, and what each is told."""
 
+import collections
 import contextlib
+import errno
 import fcntl
 import functools
 import itertools
 import os
+import pickle
 import signal
 import threading
 import traceback
@@ -1090,29 +1093,25 @@ def steady(store, number):
 @pytest.mark.parametrize("number", [1, 4])
 @pytest.mark.parametrize("sync", [True, False])
 def test_nobody_leads_past_a_transaction_that_waits(path, monkeypatch, number, sync):
-    """However fast others push: one that waits goes in when the leader of that moment has left."""
+    """However fast others push: what had begun is carried out, and then it goes in."""
+    begun = []
+    enqueue = Committer._enqueue
+
+    def enqueueing(self, operation):
+        enqueue(self, operation)
+        if isinstance(operation, committer.Seizure) and not begun:
+            begun.append(sum(counts))
+
+    monkeypatch.setattr(Committer, "_enqueue", enqueueing)
     with sqlspace.open(path, sync=sync) as store:
-        found = committer_of(store)
-        behind = []
-        lead = Committer._lead
-
-        def leading(self, operation, thread):
-            with contextlib.suppress(IndexError):
-                if isinstance(list(self._queue)[0], committer.Seizure) and not self.lock.locked():
-                    behind.append(operation)
-            lead(self, operation, thread)
-
-        with steady(store, number):
+        with steady(store, number) as counts:
             for _ in range(20):
+                del begun[:]
                 with store.transaction() as together:
+                    passed = sum(counts) - (begun or [sum(counts)])[0]
                     together.push("k", b"x")
-                    leads = []
-                    monkeypatch.setattr(
-                        Committer, "_lead", lambda *all_: leads.append(lead(*all_))
-                    )
-                monkeypatch.setattr(Committer, "_lead", lead)
+                assert passed <= 2 * number
         assert store.len("k") == 20
-        assert not found.joined
         check_at_rest(store)
 
 
@@ -1213,45 +1212,333 @@ def test_the_helper_lets_in_the_transaction_that_is_first(path, child):
         check_at_rest(store)
 
 
-@pytest.mark.parametrize("late", [False, True])
-def test_a_seizure_that_gives_up_when_it_is_granted_leaves_nothing_shut(path, monkeypatch, late):
-    """Its time is over at the very moment: it is out of the queue, or granted, and never both."""
+class Leaving(collections.deque):
+    """A queue whose first leaves by itself, just before somebody else takes it out."""
+
+    leave = None
+
+    def remove(self, operation):
+        leave, self.leave = self.leave, None
+        if leave is not None:
+            leave(operation)
+        super().remove(operation)
+
+
+def test_a_transaction_that_gives_up_when_it_is_let_in_leaves_nothing_shut(path):
+    """It is out of the queue, or granted, and never both: else the turnstile stays shut."""
     with sqlspace.open(path, sync=False) as store:
         store.push("k", b"0")
         found = committer_of(store)
-        turnstile = store._database._session.turnstile
+        found._queue = Leaving()
         holder = os.open(path + "-wal", os.O_RDONLY)
         fcntl.flock(holder, fcntl.LOCK_EX)
-        grant = Committer._grant
-        seizing = Call(store.transaction().__enter__)
-        queued(store, 1)
-
-        def granting(self):
-            (seizure,) = self._queue
-            if late:
-                granted = grant(self)
-            seizing_may_end(seizure)
-            return granted if late else grant(self)
-
-        def seizing_may_end(seizure):
-            seizure.deadline = 0.0
-            committer._wake(seizure)
-
-        monkeypatch.setattr(Committer, "_grant", granting)
-        if not late:  # it leaves by itself while the helper is about to let it in
-
-            def leave(self):
-                (seizure,) = self._queue
-                self._withdraw(seizure)
-                return grant(self)
-
-            monkeypatch.setattr(Committer, "_grant", leave)
+        seizure = committer.Seizure()
+        with found.lock:  # as its call has it
+            assert not found.enter(store._database._session.turnstile, seizure)
+        found._queue.leave = found._withdraw
         os.close(holder)
-        if late:
-            transaction = seizing.result()
-            transaction.__exit__(None, None, None)
+        eventually(lambda: not found.waiting and not found.lock.locked(), "the helper's end")
+        assert not seizure.granted
+        check_at_rest(store)
+
+
+@pytest.mark.parametrize("why", ["its time", "a close"])
+def test_a_transaction_that_was_let_in_too_late_goes_in_or_lets_go(path, monkeypatch, why):
+    """It has been granted, and wakes with its time over, or the store closed."""
+    store = sqlspace.open(path, sync=False)
+    store.push("k", b"0")
+    found = committer_of(store)
+    grant = Committer._grant
+
+    def granting(self):
+        (seizure,) = self._queue
+        seizure.deadline = 0.0
+        store._database.closed = why == "a close"
+        return grant(self)
+
+    monkeypatch.setattr(Committer, "_grant", granting)
+    holder = os.open(path + "-wal", os.O_RDONLY)
+    fcntl.flock(holder, fcntl.LOCK_EX)
+
+    def together():
+        with store.transaction() as transaction:
+            transaction.push("k", b"1")
+
+    seizing = Call(together)
+    queued(store, 1)
+    os.close(holder)
+    if why == "its time":
+        seizing.result()
+    else:
+        with pytest.raises(ClosedError):
+            seizing.result()
+        store._database.closed = False
+    assert not found.waiting
+    check_at_rest(store)
+    store.close()
+
+
+# -- sync="group"
+
+
+@pytest.fixture
+def group(path):
+    with sqlspace.open(path, sync="group") as opened:
+        opened.clear("k")
+        yield opened
+
+
+def test_with_group_sqlite_syncs_nothing_of_a_commit_and_we_do(group, path, monkeypatch):
+    """NORMAL, and one fdatasync of the -wal a batch; the attribute and a pickle say group."""
+    syncs = []
+    monkeypatch.setattr(database, "sync", syncs.append)
+    connection = group._database._session.connection
+    assert connection.pragma("synchronous") == 1
+    with pickle.loads(pickle.dumps(group)) as copy:
+        assert group.sync == copy.sync == "group"
+    group.push("k", b"x")
+    assert syncs == [group._database._session.wal_descriptor]
+    assert os.path.samestat(os.fstat(syncs[0]), os.stat(path + "-wal"))
+    in_one_batch(group, *[lambda: group.push("k", b"x")] * 5)
+    assert len(syncs) == 3
+    with group.transaction() as together:
+        together.push("k", b"x")
+        assert len(syncs) == 3
+    assert len(syncs) == 4
+    assert group.pullp("nothing there") is None
+    group.peek("k")
+    assert len(syncs) == 4
+    for sync, level in ((True, 2), (False, 1)):
+        with sqlspace.open(path, sync=sync) as other:
+            assert other._database._session.connection.pragma("synchronous") == level
+            other.push("k", b"x")
+    assert len(syncs) == 4
+
+
+def test_a_transaction_of_group_lets_others_in_while_it_syncs(group, path, monkeypatch):
+    """And is not over before that."""
+    syncing, go = threading.Event(), threading.Event()
+
+    def stand(_):
+        syncing.set()
+        assert go.wait(PATIENCE_SECONDS)
+
+    def together():
+        with group.transaction() as transaction:
+            transaction.push("k", b"x")
+
+    monkeypatch.setattr(database, "sync", stand)
+    call = Call(together)
+    assert syncing.wait(PATIENCE_SECONDS)
+    with sqlspace.open(path, sync=False) as other:
+        other.push("k", b"y")
+        assert payloads(other) == [b"x", b"y"]
+    assert call.runs()
+    go.set()
+    call.result()
+
+
+def broken(_):
+    raise OSError(errno.EIO, "a bad disk")
+
+
+@pytest.mark.parametrize("calls", [1, 3])
+def test_a_sync_that_fails_is_made_good_by_a_checkpoint(group, path, monkeypatch, calls):
+    """All is moved into the file itself, which is synced: the calls succeed."""
+    group.push("k", b"x")
+    monkeypatch.setattr(database, "sync", broken)
+    if calls == 1:
+        group.push("k", b"x")
+    else:
+        for call in in_one_batch(group, *[lambda: group.push("k", b"x")] * calls):
+            call.result()
+    assert os.path.getsize(path + "-wal") == 0
+    assert payloads(group) == [b"x"] * (calls + 1)
+
+
+@pytest.mark.parametrize("calls", [1, 3])
+def test_a_sync_and_a_checkpoint_that_fail_are_undecided_for_all(path, monkeypatch, calls):
+    """A reader keeps the -wal from being cut: nobody knows, and the store can't be used."""
+    with sqlspace.open(path, sync="group", busy_timeout=0.5) as store:
+        store.push("k", b"x")
+        reader = apsw.Connection(path)
+        reader.execute("BEGIN")
+        reader.execute("SELECT * FROM sqlspace_entries").fetchall()
+        store.push("k", b"x")
+        if calls == 1:
+            monkeypatch.setattr(database, "sync", broken)
+            found = [Call(store.push, "k", b"x").end()]
         else:
-            eventually(lambda: not found.waiting, "the helper's end")
-            assert is_free(store)
-            store._database._busy_timeout = 0.0
-        assert turnstile is store._database._session.turnstile
+            with standing(store, step=lambda _: monkeypatch.setattr(database, "sync", once) or ()):
+                syncs = itertools.count()
+
+                def once(_):
+                    if next(syncs):
+                        broken(_)
+
+                found = []
+                for number in range(calls):
+                    found.append(Call(store.push, "k", b"x"))
+                    queued(store, number + 1)
+            for call in found:
+                call.end()
+        reader.close()
+        assert {type(call.error) for call in found} == {UndecidedError}
+        assert len({id(call.error) for call in found}) == calls
+        assert all(isinstance(call.error.__cause__, OSError) for call in found)
+        with pytest.raises(UndecidedError):
+            store.push("k", b"x")
+
+
+def test_without_a_wal_of_our_own_group_is_full(tmp_path):
+    """SQLite syncs where we have nothing to sync."""
+    vfs = Elsewhere(str(tmp_path))
+    try:
+        with sqlspace.open("/nowhere/queue.db", sync="group", vfs="elsewhere") as store:
+            store.push("k", b"x")
+            assert store._database._session.wal_descriptor is None
+            assert store._database._session.connection.pragma("synchronous") == 2
+            assert store.pull("k") == b"x"
+    finally:
+        vfs.unregister()
+
+
+class Elsewhere(apsw.VFS):
+    """Keeps its files in another directory than SQLite is told."""
+
+    def __init__(self, directory):
+        super().__init__("elsewhere", "unix")
+        self._directory = directory
+
+    def _place(self, name):
+        return os.path.join(self._directory, os.path.basename(name))
+
+    def xOpen(self, name, flags):
+        place = name.filename() if isinstance(name, apsw.URIFilename) else name
+        return apsw.VFSFile("unix", place and self._place(place), flags)
+
+    def xFullPathname(self, name):
+        return self._place(name)
+
+    def xAccess(self, name, flags):
+        return super().xAccess(self._place(name), flags)
+
+    def xDelete(self, name, sync):
+        super().xDelete(self._place(name), sync)
+
+
+@pytest.mark.parametrize("sync", [1, 0, None, 2.0, "x", "GROUP", b"group", ["group"]])
+def test_what_is_no_way_to_sync_is_refused_before_anything_is_touched(path, sync):
+    """By its kind or its value."""
+    with pytest.raises((TypeError, ValueError), match="sync must be True, False or 'group'"):
+        sqlspace.open(path, sync=sync)
+    assert not os.path.exists(path)
+
+
+# -- all at once
+
+HAMMER = """
+import collections, random
+
+store = sqlspace.open(argv[0], sync=argv[1] == "True" or argv[1] == "group" and "group", history=None)
+store.push_many("pulls", [b"%d" % n for n in range(3000)])
+store.push_many("claims", [b"%d" % n for n in range(3000)])
+taken, pushed, errors, over = [], [], [], threading.Event()
+hits = 0
+
+def interrupt(*_):
+    if armed:
+        raise KeyboardInterrupt
+
+def work(name, pulled, added):
+    chance = random.Random(name)
+    number = 0
+    while not over.is_set():
+        step(chance, b"%d %d" % (name, number), pulled, added)
+        number += 1
+
+def step(chance, payload, pulled, added):
+    # What a call returns lands in the list in the same C call: else Ctrl-C gets in between.
+    verb = chance.randrange(8)
+    if verb < 2:
+        added.extend(map(store.push, ("k",), (payload,)))
+    elif verb == 2:
+        added.extend(*map(store.push_many, ("k",), ([payload, payload],)))
+    elif verb == 3:
+        pulled.extend(map(store.pullp, ("pulls",)))
+    elif verb == 4:
+        pulled.extend(*map(store.pull_many, ("pulls",), (2,)))
+    elif verb == 5:
+        with store.transaction() as together:
+            together.push("log", payload)
+            together.push("log", payload)
+    elif verb == 6:
+        claimed = store.claimp("claims", lease=600)
+        if claimed is not None:
+            claimed.ack() if chance.randrange(2) else claimed.nack()
+    else:
+        store.push("once", payload, dedupe=str(chance.randrange(99)))
+
+def guarded(*arguments):
+    try:
+        work(*arguments)
+    except BaseException as error:
+        errors.append(repr(error))
+
+lists = [([], []) for _ in range(16)]
+threads = [
+    threading.Thread(target=guarded, args=(name, *lists[name])) for name in range(1, 16)
+]
+armed = False
+signal.signal(signal.SIGALRM, interrupt)
+for thread in threads:
+    thread.start()
+chance = random.Random(0)
+ends = time.monotonic() + float(argv[2])
+number = 0
+while time.monotonic() < ends:
+    number += 1
+    try:
+        armed = True
+        signal.setitimer(signal.ITIMER_REAL, chance.uniform(0.0001, 0.01))
+        step(chance, b"0 %d" % number, *lists[0])
+        armed = False
+    except KeyboardInterrupt:
+        armed = False
+        hits += 1
+signal.setitimer(signal.ITIMER_REAL, 0)
+over.set()
+for thread in threads:
+    thread.join()
+pulled = [payload for each, _ in lists for payload in each if payload is not None]
+added = sorted(seq for _, each in lists for seq in each)
+left = [entry.payload for entry in store.entries("pulls")]
+problems = list(errors)
+if sorted(pulled + left) != sorted(b"%d" % n for n in range(3000)):
+    problems.append("pulls")
+if added != [entry.seq for entry in store.entries("k")]:
+    problems.append("pushes")
+stones = [stone.seq for stone in store.history("pulls")]
+if len(stones) != len(pulled) or len(set(stones)) != len(stones):
+    problems.append("tombstones")
+claims = [entry.seq for entry in store.entries("claims")]
+acked = [stone.seq for stone in store.history("claims")]
+if len(set(claims + acked)) != 3000 or len(claims) + len(acked) != 3000:
+    problems.append("claims")
+log = collections.Counter(entry.payload for entry in store.entries("log"))
+if set(log.values()) - {2}:
+    problems.append("transactions")
+found = store._database._committer
+if found.joined or found._queue or found.carried or found.lock.locked():
+    problems.append("not at rest")
+store.close()
+tell(hits > 20, len(added) > 100, problems)
+"""
+
+
+@pytest.mark.parametrize("sync", [True, False, "group"])
+def test_sixteen_threads_with_all_verbs_and_ctrl_c_do_each_thing_once(path, child, sync):
+    """What was returned is in the file, what was pulled is not, and nothing was done twice."""
+    process = child(HAMMER, path, sync, 3)
+    process.expect("True True []")
+    process.finish()

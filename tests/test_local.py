@@ -1,10 +1,8 @@
 """Local: memory, and the readable model of the semantics. Its clock is injected; nothing sleeps."""
 
-import _thread
 import gc
 import math
 import signal
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
