@@ -228,7 +228,8 @@ class Committer:
         self.lock = threading.Lock()
         self.leader: int | None = None
         self.carried: list[Operation] = []
-        self.joined: set[int] = set()  # the threads in the queue
+        # The threads in the queue; with what `held` gets, of one that seizes.
+        self.joined: dict[int, list[Any]] = {}
         self._queue: deque[Operation] = deque()
         self._answered: list[Operation] = []  # was carried; to be woken
         # The helper waits at the turnstile, or has gone in for a seizure; nobody else may enter.
@@ -280,7 +281,7 @@ class Committer:
     def _join(self, operation: Operation, thread: int) -> None:
         """Wait in the queue until it is finished, leading when nobody else does."""
         try:
-            self.joined.add(thread)
+            self.joined[thread] = []
             while not operation.finished:
                 self._enqueue(operation)
                 self._ensure_usable(operation)
@@ -289,7 +290,7 @@ class Committer:
                 else:
                     self._lead(operation, thread)
         finally:
-            self.joined.discard(thread)
+            self.joined.pop(thread, None)
 
     def _ensure_usable(self, operation: Operation) -> None:
         """Raise why there is nothing to wait for, unless somebody has begun with it."""
@@ -323,13 +324,13 @@ class Committer:
 
     def _settle(self, operation: Operation, thread: int) -> None:
         """Have nothing of it stand: its call raises. Idempotent."""
-        self.joined.add(thread)
+        self.joined[thread] = []
         self._withdraw(operation)
         while operation in self.carried and not operation.finished:
             operation.latch.acquire()
         if operation.done and operation.finished:
             self._file.undo(operation)
-        self.joined.discard(thread)
+        self.joined.pop(thread, None)
         self._wake_first()
 
     def seize(self, seizure: Seizure, held: list[Any], enter: Callable[[], bool]) -> None:
@@ -342,7 +343,7 @@ class Committer:
         """
         thread = threading.get_ident()
         try:
-            self.joined.add(thread)
+            self.joined[thread] = held
             while not self._has_seized(seizure, held, enter):
                 self._file.ensure_usable()
                 if seizure.awaits or self.leader is not None or self._is_behind(seizure):
@@ -357,7 +358,7 @@ class Committer:
                 raise interrupt from None
             raise
         finally:
-            self.joined.discard(thread)
+            self.joined.pop(thread, None)
 
     def _has_seized(self, seizure: Seizure, held: list[Any], enter: Callable[[], bool]) -> bool:
         waits = self.leader is not None or self._is_behind(seizure)

@@ -451,13 +451,13 @@ class File(apsw.VFSFile):
         super().__init__("unix", name, flags)
         self.fails = bool(flags[1] & apsw.SQLITE_OPEN_WAL)
 
-    def xSync(self, flags):
+    def xSync(self, flags):  # noqa: N802
         if self.fails and Faults.syncs:
             Faults.syncs -= 1
             raise apsw.IOError("a bad disk")
         return super().xSync(flags)
 
-    def xWrite(self, data, offset):
+    def xWrite(self, data, offset):  # noqa: N802
         if self.fails and Faults.writes:
             Faults.writes -= 1
             raise apsw.FullError("a full disk")
@@ -468,7 +468,7 @@ class Failing(apsw.VFS):
     def __init__(self):
         super().__init__("failing", "unix")
 
-    def xOpen(self, name, flags):
+    def xOpen(self, name, flags):  # noqa: N802
         return File(name, flags)
 
 
@@ -560,7 +560,7 @@ def state(store):
     """All entries but those of the others."""
     return sorted(
         (key, entry.payload, entry.state, entry.attempts)
-        for key in store.keys()
+        for key in store.keys()  # noqa: SIM118
         if key != "other"
         for entry in store.entries(key)
     )
@@ -617,7 +617,7 @@ INTERRUPTED = {
 
 
 def forget(store):
-    for key in store.keys():
+    for key in store.keys():  # noqa: SIM118
         store.clear(key)
 
 
@@ -1413,17 +1413,17 @@ class Elsewhere(apsw.VFS):
     def _place(self, name):
         return os.path.join(self._directory, os.path.basename(name))
 
-    def xOpen(self, name, flags):
+    def xOpen(self, name, flags):  # noqa: N802
         place = name.filename() if isinstance(name, apsw.URIFilename) else name
         return apsw.VFSFile("unix", place and self._place(place), flags)
 
-    def xFullPathname(self, name):
+    def xFullPathname(self, name):  # noqa: N802
         return self._place(name)
 
-    def xAccess(self, name, flags):
+    def xAccess(self, name, flags):  # noqa: N802
         return super().xAccess(self._place(name), flags)
 
-    def xDelete(self, name, sync):
+    def xDelete(self, name, sync):  # noqa: N802
         super().xDelete(self._place(name), sync)
 
 
@@ -1440,7 +1440,8 @@ def test_what_is_no_way_to_sync_is_refused_before_anything_is_touched(path, sync
 HAMMER = """
 import collections, random
 
-store = sqlspace.open(argv[0], sync=argv[1] == "True" or argv[1] == "group" and "group", history=None)
+sync = argv[1] == "True" or (argv[1] == "group" and "group")
+store = sqlspace.open(argv[0], sync=sync, history=None)
 store.push_many("pulls", [b"%d" % n for n in range(3000)])
 store.push_many("claims", [b"%d" % n for n in range(3000)])
 taken, pushed, errors, over = [], [], [], threading.Event()
