@@ -13,9 +13,17 @@ caller, while everybody waits, gave 6.6k to 7.1k commits a second of 8 processes
 An operation is in the queue, or in one leader's hands, or finished. Whoever has led, and whoever
 leaves the queue, wakes the first one there that may lead. So while the queue isn't empty, somebody
 leads, or the helper waits, or somebody has been woken to lead.
+
+Nobody leads past a transaction that waits for its turn: while others pushed as fast as they could,
+one waited 2 to 5 s.
+
+No lock guards the queue. Each change of it is one C call, which an interrupt can't cut in two, and
+a signal's handler in the middle of anything here finds nothing taken that it, or a fork, must wait
+for. Under a lock it did, and hung.
 """
 
 import contextlib
+import itertools
 import operator
 import threading
 import time
@@ -26,7 +34,7 @@ from typing import Any, Protocol
 import apsw
 
 from .connection import Connection, nested
-from .errors import StoreError
+from .errors import SpaceError, StoreError
 from .turnstile import Turnstile
 from .waiting import Waiter, surely
 
@@ -71,10 +79,8 @@ class Operation:
     finished = False
     error: BaseException | None = None
     deadline = 0.0
-    queued = False
-    carried = False  # by a leader, who has not answered yet
     awaits = False  # the helper: it has looked already, and there is something to do
-    latch: Any = None
+    latch: Any = None  # of one that was in the queue
 
     def __init__(self) -> None:
         self.done: list[Any] = []
@@ -134,7 +140,9 @@ class Work(Operation):
 class Seizure(Operation):
     """Takes the turn to write for a transaction of the caller's, in the caller's own thread."""
 
-    granted = False  # the turnstile was entered for it
+    def __init__(self) -> None:
+        super().__init__()
+        self.granted: list[Any] = []  # not empty once the turnstile was entered for it
 
 
 class BrokenError(Exception):
@@ -179,7 +187,7 @@ class File(Protocol):
     """What a committer needs of the database that it commits for."""
 
     def lead(self, operation: Operation) -> None:
-        """With the lock: probe; commit it with what is queued, or have it `await_turn`."""
+        """With the lock: probe, go in by `Committer.enter`, and commit it with what is queued."""
 
     def serve(self, turnstile: Turnstile) -> None:
         """With the lock, inside the turnstile: commit what is queued, and leave."""
@@ -209,11 +217,13 @@ class Committer:
         self.lock = threading.Lock()
         self.leader: int | None = None
         self.carried: list[Operation] = []
-        self.joined: set[int] = set()  # the threads in the queue
-        self._mutex = threading.Lock()  # of the queue
+        # The threads in the queue; with what `held` gets, of one that seizes.
+        self.joined: dict[int, list[Any]] = {}
         self.queue: deque[Operation] = deque()
+        self._answered: list[Operation] = []  # was carried; to be woken
         # The helper waits at the turnstile, or has gone in for a seizure; nobody else may enter.
         self.waiting = False
+        self._lent = False  # it has
         self._turnstile: Turnstile
         self._go = threading.Lock()  # released to send the helper there
         self._go.acquire()
@@ -228,12 +238,18 @@ class Committer:
         What is raised besides, Ctrl-C, leaves it undone.
         """
         try:
-            if self.leader is None:
+            if self.leader is None and not (self.queue and self._is_behind(operation)):
                 self._lead(operation, thread)
             if not operation.finished:
                 self._join(operation, thread)
-        except BaseException:
-            surely(lambda: self._settle(operation))
+        except BaseException as error:
+            try:
+                interrupt = surely(lambda: self._settle(operation, thread))
+            except (KeyboardInterrupt, SystemExit):  # on the way into it or out of it
+                surely(lambda: self._settle(operation, thread))
+                raise
+            if interrupt is not None and isinstance(error, Exception):
+                raise interrupt from None
             raise
         if operation.error is not None:
             raise operation.error
@@ -243,7 +259,7 @@ class Committer:
             self.leader = thread
             try:
                 if not operation.finished:  # by another leader, in the meantime
-                    if operation.queued:
+                    if operation.latch is not None:
                         self._withdraw(operation)
                     self._file.lead(operation)
             finally:
@@ -253,20 +269,37 @@ class Committer:
 
     def _join(self, operation: Operation, thread: int) -> None:
         """Wait in the queue until it is finished, leading when nobody else does."""
-        operation.latch = threading.Lock()
-        operation.latch.acquire()
-        self.joined.add(thread)
         try:
+            self.joined[thread] = []
             while not operation.finished:
                 self._enqueue(operation)
-                if operation.awaits or operation.carried or self.leader is not None:
+                self._ensure_usable(operation)
+                if operation.awaits or self.leader is not None or self._is_behind(operation):
                     self._park(operation)
                     if not operation.finished:
                         self._file.ensure_usable()
                 else:
                     self._lead(operation, thread)
         finally:
-            self.joined.discard(thread)
+            self.joined.pop(thread, None)
+
+    def _ensure_usable(self, operation: Operation) -> None:
+        """Raise why there is nothing to wait for, unless somebody has begun with it."""
+        try:
+            self._file.ensure_usable()
+        except SpaceError:
+            self._withdraw(operation)
+            if operation not in self.carried and not operation.finished:
+                raise
+
+    def _is_behind(self, operation: Operation) -> bool:
+        """Whether a transaction comes first that may go in as soon as nobody leads."""
+        for each in list(self.queue):
+            if each is operation:
+                return False
+            if isinstance(each, Seizure) and not each.awaits:
+                return True
+        return False
 
     def _park(self, operation: Operation) -> None:
         """Sleep until woken: it is finished, or is to lead, or was rolled back for another's sake.
@@ -280,13 +313,15 @@ class Committer:
             raise self._file.busy()
         operation.latch.acquire()
 
-    def _settle(self, operation: Operation) -> None:
+    def _settle(self, operation: Operation, thread: int) -> None:
         """Have nothing of it stand: its call raises. Idempotent."""
+        self.joined[thread] = []
         self._withdraw(operation)
-        while operation.carried and not operation.finished:
+        while operation in self.carried and not operation.finished:
             operation.latch.acquire()
         if operation.done and operation.finished:
             self._file.undo(operation)
+        self.joined.pop(thread, None)
         self._wake_first()
 
     def seize(self, seizure: Seizure, held: list[Any], enter: Callable[[], bool]) -> None:
@@ -295,37 +330,42 @@ class Committer:
         Args:
             seizure: Of this call.
             held: An empty list, which gets the lock.
-            enter: With the lock: goes through the turnstile, or has the seizure `await_turn`.
+            enter: With the lock: what `Committer.enter` says.
         """
         thread = threading.get_ident()
-        seizure.latch = threading.Lock()
-        seizure.latch.acquire()
         try:
-            self.joined.add(thread)
+            self.joined[thread] = held
             while not self._has_seized(seizure, held, enter):
                 self._file.ensure_usable()
-                if seizure.awaits or self.leader is not None:
+                if seizure.awaits or self.leader is not None or self._is_behind(seizure):
                     self._park(seizure)
-        except BaseException:
-            surely(lambda: self._give_up(seizure, held))
+        except BaseException as error:
+            try:
+                interrupt = surely(lambda: self._give_up(seizure, held))
+            except (KeyboardInterrupt, SystemExit):  # on the way into it or out of it
+                surely(lambda: self._give_up(seizure, held))
+                raise
+            if interrupt is not None and isinstance(error, Exception):
+                raise interrupt from None
             raise
         finally:
-            self.joined.discard(thread)
+            self.joined.pop(thread, None)
 
     def _has_seized(self, seizure: Seizure, held: list[Any], enter: Callable[[], bool]) -> bool:
-        if self.leader is not None and not seizure.granted:
+        waits = self.leader is not None or self._is_behind(seizure)
+        if waits and not seizure.granted:
             self._enqueue(seizure)
             return False
         held.extend(filter(_ACQUIRE, (self.lock,)))  # one C call: no Ctrl-C comes in between
         self.leader = threading.get_ident()
-        self._withdraw(seizure)
         if seizure.granted:
-            self.waiting = seizure.granted = False
-            return True
-        if enter():
-            return True
-        self.release(held)
-        return False
+            self.waiting = self._lent = False
+            seizure.granted = []
+        elif not enter():
+            self.release(held)
+            return False
+        self._withdraw(seizure)  # not before, or it would lose its place
+        return True
 
     def _give_up(self, seizure: Seizure, held: list[Any]) -> None:
         self._withdraw(seizure)
@@ -333,11 +373,14 @@ class Committer:
             if not held:
                 held.extend(filter(_ACQUIRE, (self.lock,)))
             self._turnstile.leave()
-            self.waiting = seizure.granted = False
+            self.waiting = self._lent = False
+            seizure.granted = []
 
     def release(self, held: list[Any]) -> None:
         """Let the others go on; idempotent."""
         if held:
+            if not self.waiting:
+                self._free_all()
             lock = held[0]
             # Plain stores up to the release: no Ctrl-C can come in between.
             self.leader = None
@@ -347,86 +390,86 @@ class Committer:
 
     # -- with the lock
 
-    def await_turn(self, turnstile: Turnstile, operation: Operation) -> None:
-        """Others are in the turnstile: have the helper wait there, and the operation for it."""
+    def enter(self, turnstile: Turnstile, operation: Operation) -> bool:
+        """Go through the turnstile, if it is free; else the operation awaits the helper."""
         if not self.waiting:
+            if turnstile.try_enter():
+                return True
             self._turnstile = turnstile
             self.waiting = True
         operation.awaits = True
         self._enqueue(operation)
         self._send()
+        return False
 
-    def take_only(self) -> Operation | None:
-        """The same, if just one operation is queued, and that is no seizure; None: it isn't so."""
-        with self._mutex:
-            if len(self.queue) == 1 and not isinstance(self.queue[0], Seizure):
-                self.carried = self._taken(1)
-                return self.carried[0]
-        return None
-
-    def take(self, own: Operation | None) -> None:
+    def take(self, own: Operation | None, limit: int | None = None) -> None:
         """Take what is to be committed together into one's own hands: `carried`.
 
         Args:
             own: That of the one who leads.
+            limit: No more than so many; None: than a batch may have.
         """
-        first = [] if own is None else [own]
-        with self._mutex:
-            self.carried = [*first, *self._taken(BATCH_OPERATIONS - len(first))]
-
-    def _taken(self, limit: int) -> list[Operation]:
-        taken = [each for each in self.queue if not isinstance(each, Seizure)][:limit]
-        for each in taken:
-            self.queue.remove(each)
-            each.queued = each.awaits = False
-            each.carried = True
-        return taken
+        self.carried = [] if own is None else [own]
+        room = (limit or BATCH_OPERATIONS) - len(self.carried)
+        joined = [each for each in list(self.queue) if not isinstance(each, Seizure)]
+        # Out of the queue and into our hands in one C call. If one has just left by itself, those
+        # behind it wait for the next commit.
+        with contextlib.suppress(ValueError):
+            self.carried.extend(itertools.filterfalse(self.queue.remove, joined[:room]))
 
     def answer(self) -> None:
         """Wake those whose operations were carried: finished, or handed back. Idempotent."""
-        for each in self.carried:
-            each.carried = False
+        if self.carried:  # out of our hands first: who is woken may join again
+            self._answered = self.carried
+            self.carried = []
+        for each in self._answered:
+            each.awaits = False
             _wake(each)
-        self.carried = []
+        self._answered = []
+
+    def take_only(self) -> Operation | None:
+        """The same, if there is just one; None: there are more, or none."""
+        if len(self.queue) == 1:
+            self.take(None, 1)
+        return self.carried[0] if self.carried else None
 
     # -- the queue
 
     def _enqueue(self, operation: Operation) -> None:
-        with self._mutex:
-            if not (operation.queued or operation.carried or operation.finished):
-                operation.queued = True
-                self.queue.append(operation)
+        """Put it there, if it isn't; by its own thread."""
+        if operation.latch is None:
+            latch = threading.Lock()
+            latch.acquire()
+            operation.latch = latch
+        # Asked in the order that it goes.
+        if operation not in self.queue and operation not in self.carried and not operation.finished:
+            self.queue.append(operation)
 
     def _withdraw(self, operation: Operation) -> bool:
         """Take it out of the queue; whether it was there."""
-        with self._mutex:
-            queued = operation.queued
-            if queued:
-                self.queue.remove(operation)
-                operation.queued = operation.awaits = False
-            return queued
+        try:
+            self.queue.remove(operation)
+        except ValueError:
+            return False
+        return True
 
     def _wake_first(self) -> None:
         """Wake the first that may lead."""
-        with self._mutex:
-            first = next((each for each in self.queue if not each.awaits), None)
-        if first is not None:
-            _wake(first)
+        for each in list(self.queue):
+            if not each.awaits:
+                _wake(each)
+                return
 
     def wake_all(self) -> None:
         """Wake everybody: there is nothing more to wait for."""
-        with self._mutex:
-            everybody = list(self.queue)
-        for each in everybody:
+        for each in list(self.queue):
             _wake(each)
 
     # -- the helper
 
     def _send(self) -> None:
         """Have the helper wait at the turnstile, if it doesn't yet."""
-        with self._mutex:
-            if self._go.locked():
-                self._go.release()
+        _release(self._go)
         # An interrupt may have kept it from starting. A second one does no harm: one go, one goes.
         if self._helper is None or not self._helper.is_alive():
             self._helper = threading.Thread(target=self._help, name="sqlspace-helper", daemon=True)
@@ -440,7 +483,7 @@ class Committer:
             self._go.acquire()
             if self._is_closed():
                 return
-            if self.waiting:
+            if self.waiting and not self._lent:
                 entered = self._turnstile.wait()
                 with self.lock:
                     self._serve(entered=entered)
@@ -451,33 +494,40 @@ class Committer:
 
     def _serve(self, *, entered: bool) -> None:
         """Commit for those in the queue, or let in the transaction that is the first there."""
-        first = self.queue[0] if self.queue else None
-        if entered and isinstance(first, Seizure):
-            self._withdraw(first)
-            first.granted = True
-            _wake(first)
-        else:
-            self.waiting = False
+        if entered and self._grant():
+            return
+        self.waiting = False
+        try:
             if entered:
                 self.leader = threading.get_ident()
                 self._file.serve(self._turnstile)
-                self.leader = None
-        # Who is still there need not wait for the helper again.
-        with self._mutex:
+        finally:
+            self.leader = None
             self._free_all()
 
     def _free_all(self) -> None:
-        for each in self.queue:
+        """Who is still there need not wait for the helper any more."""
+        for each in list(self.queue):
             each.awaits = False
+
+    def _grant(self) -> bool:
+        """Let in the transaction that is the first, if one is."""
+        first = next(iter(list(self.queue)), None)
+        if not isinstance(first, Seizure):
+            return False
+        # Out of the queue and granted in one C call, or its thread might leave in between.
+        with contextlib.suppress(ValueError):  # it has left
+            first.granted.extend(map(self.queue.remove, (first,)))
+        self._lent = bool(first.granted)
+        _wake(first)
+        return self._lent
 
     # -- the end
 
     def close(self) -> None:
         """End the helper, unless it waits at the turnstile: then it ends when that lets it in."""
         self._closed = True
-        with self._mutex:
-            if self._go.locked():
-                self._go.release()
+        _release(self._go)
 
     def forget(self) -> None:
         """In a forked child: nobody else is there."""
@@ -488,7 +538,10 @@ class Committer:
 
 
 def _wake(operation: Operation) -> None:
-    latch = operation.latch
-    if latch is not None and latch.locked():
-        with contextlib.suppress(RuntimeError):  # awake already
-            latch.release()
+    if operation.latch is not None:
+        _release(operation.latch)
+
+
+def _release(latch: Any) -> None:
+    with contextlib.suppress(RuntimeError):  # it is already
+        latch.release()

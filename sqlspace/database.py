@@ -153,6 +153,8 @@ class _Session:
 
     def abandon(self) -> None:
         """In a forked child: let go all that is the parent's, and leave no trace in the file."""
+        self.turnstile.close()
+        self.marks.close()
         for connection in (self.reader, self.connection):
             if connection is not None:
                 connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
@@ -190,10 +192,11 @@ class Database:
         self._tidy = tidy
         self._poison: StoreError | None = None
         self._forked = False
+        self._unclosed = False  # by a signal's handler, which had to leave it to the call
         self._committer = Committer(self)
         self._read_lock = threading.Lock()
         self._browser: int | None = None  # the thread that has it
-        self._inside = False  # whether the thread that forks is in the middle of a call
+        self._inside = False  # whether the thread that forks, or did, is in the middle of a call
         self._whole: _Session | None = None  # in which a caller's own transaction is open
         self._busy_timeout = options.busy_timeout
         self._session: _Session | None = None
@@ -215,9 +218,14 @@ class Database:
         if thread in (committer.leader, self._browser) or thread in committer.joined:
             self._ensure_outside(thread)
         operation.deadline = time.monotonic() + self._busy_timeout
-        committer.submit(operation, thread)
-        if self.closed:  # by a signal's handler, which had to leave it to us
-            self.close()
+        try:
+            committer.submit(operation, thread)
+        except Exception:
+            self.ensure_not_forked_inside()
+            raise
+        finally:
+            if self._unclosed:
+                self.close()
 
     def transact(
         self,
@@ -245,12 +253,11 @@ class Database:
             raise self.mapped(error) from error
         committer = self._committer
         try:
-            if committer.waiting or not session.turnstile.try_enter():
-                committer.await_turn(session.turnstile, operation)
-            elif committer.queue:
-                self._commit_together(session, operation)
-            else:
-                self._commit_alone(session, operation)
+            if committer.enter(session.turnstile, operation):
+                if committer.queue:
+                    self._commit_together(session, operation)
+                else:
+                    self._commit_alone(session, operation)
         except BaseException:
             if not committer.waiting:  # else it is not ours, but the helper's
                 session.turnstile.leave()
@@ -277,8 +284,16 @@ class Database:
 
     def undo(self, operation: Operation) -> None:
         """Take back what it did."""
-        with self._committer.lock:
-            self._take_all_back([operation], self._ready().connection, committed=True)
+        committer = self._committer
+        with committer.lock:
+            committer.leader = threading.get_ident()
+            try:
+                if self._session is None:  # closed, or unusable, since
+                    log.error("%s: a call that failed could not be undone", self.options.path)
+                else:
+                    self._take_all_back([operation], self._session, committed=True)
+            finally:
+                committer.leader = None
 
     def _commit_alone(self, session: _Session, operation: Operation) -> None:
         """Inside the turnstile: one operation, and out."""
@@ -310,32 +325,34 @@ class Database:
         connection = session.connection
         committed: list[Any] = []  # not empty once they are
         failed: list[Exception] = []
+        interrupt: BaseException | None = None
 
         def conclude() -> None:
+            session.turnstile.leave()
             self._conclude(session, committed, failed)
 
         try:
-            try:
-                if not session.booted:
-                    session.boot()
-                connection.execute("BEGIN IMMEDIATE")
-                self._committer.take(own)
-                together(connection, self._committer.carried)
-                self._tidy_together(connection)
-                run(committed, connection, "COMMIT", ())
-            finally:
-                session.turnstile.leave()
+            if not session.booted:
+                session.boot()
+            connection.execute("BEGIN IMMEDIATE")
+            self._committer.take(own)
+            together(connection, self._committer.carried)
+            self._tidy_together(connection)
+            run(committed, connection, "COMMIT", ())
         except Exception as error:  # noqa: BLE001  # told to each of them below
             failed.append(error)
         finally:
             try:
-                interrupt = surely(conclude)
+                try:
+                    conclude()
+                except (KeyboardInterrupt, SystemExit) as error:
+                    interrupt = surely(conclude) or error
             except (KeyboardInterrupt, SystemExit):  # on the way into it or out of it
                 surely(conclude)
                 raise
         if interrupt is not None:
             raise interrupt
-        if failed and own is not None and not own.finished:  # it was not begun
+        if failed and not isinstance(failed[0], BrokenError) and own and not own.finished:
             raise self._explained(session, failed[0]) from failed[0]
 
     def _tidy_together(self, connection: Connection) -> None:
@@ -370,19 +387,20 @@ class Database:
 
     def _conclude(self, session: _Session, committed: list[Any], failed: list[Exception]) -> None:
         """Finish what was committed, refuse what failed, hand back what it broke. Idempotent."""
-        carried = self._committer.carried
+        carried = [each for each in self._committer.carried if not each.finished]
         if committed and not failed:
             try:
                 self._confirm(session)
                 for operation in carried:
                     session.bell.ring_all(operation.tokens, operation.besides)
-                    if isinstance(operation.error, apsw.Error):
-                        operation.error = self.mapped(operation.error)
+                    if isinstance(cause := operation.error, apsw.Error):
+                        operation.error = self.mapped(cause)
+                        operation.error.__cause__ = cause
                     operation.finished = True
             except StoreError as error:
                 failed.append(error)
         if not committed or (failed and isinstance(failed[0], MovedError)):
-            self._take_all_back(carried, session.connection, committed=bool(committed))
+            self._take_all_back(carried, session, committed=bool(committed))
         if failed and carried:
             self._refuse(session, carried, failed[0])
         self._committer.answer()
@@ -396,13 +414,15 @@ class Database:
         ours = self._explained(session, error)
         for operation in refused:
             operation.error = copy.copy(ours)
-            operation.error.__cause__ = error
+            operation.error.__cause__ = error.__cause__ if ours is error else error
             operation.finished = True
 
     def _take_all_back(
-        self, carried: list[Operation], connection: Connection, *, committed: bool
+        self, carried: list[Operation], session: _Session, *, committed: bool
     ) -> None:
         """Have nothing stand of what these did. Idempotent."""
+        connection = session.connection
+        session.patience.deadline = time.monotonic() + self._busy_timeout
         try:
             if not committed:
                 roll_back(connection)
@@ -447,15 +467,13 @@ class Database:
         seizure.deadline = time.monotonic() + self._busy_timeout
 
         def enter() -> bool:
-            turnstile = self._ready().turnstile
-            if committer.waiting or not turnstile.try_enter():
-                committer.await_turn(turnstile, seizure)
-                return False
-            return True
+            session = self._ready()
+            self._ensure_in_place(session, undecided=False)
+            return committer.enter(session.turnstile, seizure)
 
         committer.seize(seizure, held, enter)
         session = self._ready()
-        self._ensure_in_place(session, undecided=False)
+        self._ensure_in_place(session, undecided=False)  # again, for it may have had to wait
         session.patience.deadline = seizure.deadline
         return session
 
@@ -471,7 +489,11 @@ class Database:
         Raises:
             ClosedError, StoreError, ValueError: as `write`; inside another call.
         """
-        self._whole = session = self._seize(held)
+        try:
+            self._whole = session = self._seize(held)
+        except Exception:
+            self.ensure_not_forked_inside()
+            raise
         try:
             if not session.booted:
                 session.boot()
@@ -497,6 +519,7 @@ class Database:
             self._confirm(session)
             session.bell.ring_all(tokens)
         except BaseException as error:
+            self.ensure_not_forked_inside()
             self._take_back(session, error, None)
             if isinstance(error, apsw.Error):
                 raise self._explained(session, error) from error
@@ -518,7 +541,7 @@ class Database:
         if held:
             self._whole = None
         self._committer.release(held)
-        if self.closed:  # in the meantime
+        if self._unclosed:
             self.close()
 
     def touch(self, connection: Connection) -> None:
@@ -546,7 +569,7 @@ class Database:
                 raise self.mapped(error) from error
             finally:
                 self._browser = None
-        if self.closed:
+        if self._unclosed:
             self.close()
         return found
 
@@ -592,7 +615,11 @@ class Database:
             except apsw.Error as error:
                 raise self._explained(session, error) from error
         finally:
-            surely(lambda: self.end(held))
+            try:
+                surely(lambda: self.end(held))
+            except (KeyboardInterrupt, SystemExit):  # on the way into it or out of it
+                surely(lambda: self.end(held))
+                raise
 
     def backup(self, target: str) -> None:
         """Copy a consistent state to a new file."""
@@ -657,6 +684,11 @@ class Database:
         if self._poison is not None:
             raise type(self._poison)(*self._poison.args) from self._poison
 
+    def ensure_not_forked_inside(self) -> None:
+        """In a child that goes on with a call of its parent's, all else that fails is noise."""
+        if self._inside:
+            self.ensure_usable()
+
     def close(self) -> None:
         """Close it; idempotent. Calls under way end first."""
         self.closed = True
@@ -664,21 +696,32 @@ class Database:
         if session is not None:
             session.bell.wake_all()
         self._committer.wake_all()
-        if self._is_inside(threading.get_ident()):
-            return  # a signal's handler in the middle of a call, which will close it
-        with self._committer.lock, self._read_lock:
-            self._committer.close()
-            session = self._session or self._spent
-            self._session = self._spent = None
-            if session is None:
-                return
+        thread = threading.get_ident()
+        if self._is_inside(thread):
+            self._unclosed = True  # a signal's handler in the middle of a call, which will close it
+            return
+        committer = self._committer
+        with committer.lock, self._read_lock:
+            committer.leader = thread
             try:
-                if not session.identity.stands():
-                    # The path is another file's now: leave its -wal alone.
-                    session.connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
-                session.close()
-            except apsw.Error as error:
-                raise self.mapped(error) from error
+                self._close()
+            finally:
+                committer.leader = None
+
+    def _close(self) -> None:
+        self._unclosed = False
+        self._committer.close()
+        session = self._session or self._spent
+        self._session = self._spent = None
+        if session is None:
+            return
+        try:
+            if not session.identity.stands():
+                # The path is another file's now: leave its -wal alone.
+                session.connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+            session.close()
+        except apsw.Error as error:
+            raise self.mapped(error) from error
 
     # -- the session
 
@@ -778,7 +821,12 @@ class Database:
         connection = session.connection
         stands = not connection.in_transaction and not isinstance(error, apsw.Error)
         carried = [] if operation is None or isinstance(error, UndecidedError) else [operation]
-        interrupt = surely(lambda: self._take_all_back(carried, connection, committed=stands))
+
+        def step() -> None:
+            session.turnstile.leave()  # an interrupt may have kept it from that
+            self._take_all_back(carried, session, committed=stands)
+
+        interrupt = surely(step)
         if interrupt is not None and isinstance(error, Exception):
             raise interrupt
 
@@ -816,15 +864,24 @@ class Database:
     def _owned(self) -> tuple[tuple[threading.Lock, int | None], ...]:
         """The locks, and the threads that have them."""
         committer = self._committer
-        return (committer.lock, committer.leader), (self._read_lock, self._browser)
+        thread = threading.get_ident()
+        seized = committer.joined.get(thread)  # and may not lead yet
+        leader = thread if seized else committer.leader
+        return (committer.lock, leader), (self._read_lock, self._browser)
 
     def _after_fork_in_parent(self) -> None:
+        self._inside = False
+        self._let_go()
+
+    def _let_go(self) -> None:
         thread = threading.get_ident()
         for lock, owner in reversed(self._owned()):
             if owner != thread:
                 lock.release()
 
     def _after_fork_in_child(self) -> None:
+        # This thread may have been waiting for one of them, and its handler forked.
+        self._let_go()
         session = self._session or self._spent
         self._session = self._spent = self._whole = None
         self._browser = None
@@ -847,6 +904,10 @@ class Database:
 _opening = threading.Lock()
 _databases: weakref.WeakSet[Database] = weakref.WeakSet()
 _at_rest: list[Database] = []
+# To roll back what was open at the fork, SQLite in the child clears from the -shm what it takes for
+# its own frames. If the parent committed meanwhile these were the parent's: of 12 such forks one
+# lost it entries. So the parent waits until the child has let go: this pipe's other end is closed.
+_letting_go: list[int] = []
 
 
 def _before_fork() -> None:
@@ -857,11 +918,17 @@ def _before_fork() -> None:
             _at_rest.append(database)
         _opening.acquire()
         if set(_databases) <= set(_at_rest):
+            if any(database._inside for database in _at_rest):  # noqa: SLF001
+                _letting_go.extend(os.pipe())
             return
         _opening.release()
 
 
 def _after_fork_in_parent() -> None:
+    if _letting_go:
+        os.close(_letting_go.pop())
+        os.read(_letting_go[0], 1)
+        os.close(_letting_go.pop())
     while _at_rest:
         _at_rest.pop()._after_fork_in_parent()  # noqa: SLF001
     _opening.release()
@@ -874,6 +941,8 @@ def _after_fork_in_child() -> None:
     identity.forget()
     while _at_rest:
         _at_rest.pop()._after_fork_in_child()  # noqa: SLF001
+    while _letting_go:
+        os.close(_letting_go.pop())
 
 
 os.register_at_fork(

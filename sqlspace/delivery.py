@@ -11,7 +11,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -159,23 +159,6 @@ class Delivery:
             self.nack()
         except (SpaceError, ValueError) as error:  # the latter inside a transaction of the store
             log.warning("entry %d of %a could not be given back: %s", self.seq, self.key, error)
-
-    def _settle_by(self, step: Callable[[Connection], list[str]]) -> None:
-        """Settle in one transaction, which the renewals take for done from its step on."""
-        marked = False
-
-        def marking(connection: Connection) -> Iterable[str]:
-            nonlocal marked
-            rings = step(connection)
-            self._settled = marked = True
-            return rings
-
-        try:
-            self._database.transact(marking)
-        except BaseException:
-            if marked:
-                self._settled = False
-            raise
 
     # -- inside a write, of a transaction too
 

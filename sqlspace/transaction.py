@@ -95,7 +95,11 @@ class Transaction:
 
     def _end(self) -> None:
         self._over = True
-        interrupt = surely(lambda: self._database.end(self._held))
+        try:
+            interrupt = surely(lambda: self._database.end(self._held))
+        except (KeyboardInterrupt, SystemExit):  # on the way into it or out of it
+            surely(lambda: self._database.end(self._held))
+            raise
         self._left.close()
         if interrupt is not None:
             raise interrupt
@@ -293,6 +297,7 @@ class Transaction:
         except BaseException as error:
             if done:
                 raise
+            self._database.ensure_not_forked_inside()
             del self._rings[rings:]
             for delivery in list(self._settled)[settled:]:
                 del self._settled[delivery]

@@ -95,3 +95,4 @@ class Turnstile:
     def close(self) -> None:
         """Let nobody wait any more. The descriptor is its owner's to close, after this."""
         self._closed = True
+        self._marks.close()

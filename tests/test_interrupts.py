@@ -10,7 +10,7 @@ import pytest
 # Those that hold locks in a caller's thread.
 MODULES = [
     *("local", "waiting", "store", "database", "doorbell", "watch", "identity"),
-    *("taking", "pushing", "delivery", "transaction", "durable"),
+    *("taking", "pushing", "delivery", "transaction", "durable", "committer", "turnstile"),
 ]
 
 
