@@ -519,13 +519,13 @@ def test_no_descriptor_of_the_parent_stays_open_in_the_child(path):
         before = set(os.listdir("/proc/self/fd"))
         link = {each: target(each) for each in before}
         watching = (identity._sentry._inotify, watch._watch._inotify)
-        ours = {each for each in before if "queue.db" in link[each]}
+        ours = {each for each in before if path in link[each]}
         ours |= {str(each.fileno()) for each in watching}
         assert len(ours) >= 4
 
         def child():
-            left = [each for each in ours if target(each) == link[each]]
-            assert left == []
+            left = {each: link[each] for each in ours if target(each) == link[each]}
+            assert left == {}
 
         assert ended_with(in_child(child)) == 0
 
