@@ -1,6 +1,6 @@
-"""One file as one process has it open: the order of a write, its errors, and forks.
+"""One file as one process has it open: the order of a write, and the truth of its errors.
 
-Everything that a fork invalidates hangs on a `_Session`; the child drops the parent's and opens its
+Everything that a fork invalidates hangs on a `Session`; the child drops the parent's and opens its
 own at the next call. One lock lets one thread at a time to the writing connection; another guards
 the reading one, so that browsing a large store delays no push.
 
@@ -20,7 +20,7 @@ from typing import Any
 
 import apsw
 
-from . import doorbell, identity, schema
+from . import forks, schema
 from .committer import (
     BrokenError,
     Committer,
@@ -33,11 +33,8 @@ from .committer import (
 from .connection import (
     Connection,
     Options,
-    connect,
-    has_moved,
     holds_lock,
     nested,
-    open_verified,
     roll_back,
     run,
     sync,
@@ -53,115 +50,14 @@ from .errors import (
     StoreError,
     UndecidedError,
 )
-from .guard import Guard
-from .identity import Identity
-from .marks import HISTORY_AT, PRESENT_AT, Marks
+from .marks import HISTORY_AT
+from .session import UPDATE_BOOTS, Session
 from .turnstile import Turnstile
 from .waiting import surely
 
 __all__ = ["Database"]
 
 log = logging.getLogger("sqlspace")
-
-# A commit that really changes a page; it decides what an earlier failure or crash left undecided.
-UPDATE_BOOTS = "UPDATE sqlspace_schema SET boots = boots + 1 WHERE version = 1"
-SELECT_FILE_ID = "SELECT file_id FROM sqlspace_schema WHERE version = 1"
-
-
-class _Patience:
-    """SQLite's busy handler: a writer that knows no turnstile is inside. In Python, for Ctrl-C."""
-
-    deadline = 0.0  # of the call under way, on the monotonic clock
-
-    def __call__(self, calls: int) -> bool:
-        left = self.deadline - time.monotonic()
-        if left <= 0:
-            return False
-        if calls:  # the first time it may be over already
-            time.sleep(min(left, 0.0005 * min(calls, 20)))
-        return True
-
-
-class _Session:
-    """What one process has open of the file."""
-
-    def __init__(self, options: Options, stirring: Stirring) -> None:
-        path = options.path
-        self.connection = open_verified(options)
-        self.patience = _Patience()
-        self.connection.set_busy_handler(self.patience)
-        self.reader: Connection | None = None
-        self.data_version = 0
-        self.booted = False  # whether the commit before the first write is done
-        self.wal_descriptor: int | None = None
-        self.identity = Identity()
-        self.guard = Guard()
-        try:
-            self.file_id = self.connection.execute(SELECT_FILE_ID).get
-            if os.path.exists(path + "-wal"):  # not so under a vfs that keeps its files elsewhere
-                self.wal_descriptor = os.open(path + "-wal", os.O_RDONLY | os.O_CLOEXEC)
-                self.identity = Identity(path, path + "-wal")
-                if not self.identity.stands() or has_moved(self.connection):
-                    raise MovedError(f"{path}: it was moved while it was opened")
-            self.poll = self.identity.poll
-            # Without a -wal of our own to sync, SQLite does it.
-            self.syncs = options.sync == "group" and self.wal_descriptor is not None
-            if self.syncs:
-                self.connection.pragma("synchronous", "NORMAL")
-            self.marks = Marks(self.wal_descriptor)
-            self.turnstile = Turnstile(self.wal_descriptor, self.marks, 3 if self.syncs else 1)
-            if options.history is not None:
-                self.marks.hold(HISTORY_AT + options.history)
-            self.marks.hold(PRESENT_AT)
-            self.identity.announce()
-            self.marks.look_around(hears=self.identity.hears)
-            file = os.stat(path) if self.wal_descriptor is not None else None
-            place = (file.st_dev, file.st_ino) if file else None
-            self.guard = Guard(place)
-            self.bell = Doorbell(place, path + "-wal", self.marks, stirring)
-        except BaseException:
-            self._close_files()
-            raise
-
-    def boot(self) -> None:
-        """The commit before the first write."""
-        self.connection.execute(UPDATE_BOOTS)
-        self.booted = True
-
-    def open_reader(self, options: Options) -> Connection:
-        """The connection for browsing; made when first needed."""
-        if self.reader is None:
-            reader = connect(options, apsw.SQLITE_OPEN_READWRITE)
-            reader.pragma("query_only", 1)
-            self.reader = reader
-        return self.reader
-
-    def close(self) -> None:
-        self.bell.close()
-        self.turnstile.close()
-        self._close_files()
-
-    def _close_files(self) -> None:
-        self.identity.close()
-        if self.reader is not None:
-            self.reader.close()
-        self.connection.close()
-        if self.wal_descriptor is not None:
-            os.close(self.wal_descriptor)
-            self.wal_descriptor = None
-        self.guard.release()
-
-    def abandon(self) -> None:
-        """In a forked child: let go all that is the parent's, and leave no trace in the file."""
-        self.turnstile.close()
-        self.marks.close()
-        for connection in (self.reader, self.connection):
-            if connection is not None:
-                connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
-                connection.close()
-        if self.wal_descriptor is not None:
-            os.close(self.wal_descriptor)
-        self.guard.release()
 
 
 class Database:
@@ -196,14 +92,14 @@ class Database:
         self._committer = Committer(self)
         self._read_lock = threading.Lock()
         self._browser: int | None = None  # the thread that has it
-        self._inside = False  # whether the thread that forks, or did, is in the middle of a call
-        self._whole: _Session | None = None  # in which a caller's own transaction is open
+        self.inside = False  # whether the thread that forks, or did, is in the middle of a call
+        self._whole: Session | None = None  # in which a caller's own transaction is open
         self._busy_timeout = options.busy_timeout
-        self._session: _Session | None = None
-        self._spent: _Session | None = None  # one that is only to be closed
-        with _opening:
+        self._session: Session | None = None
+        self._spent: Session | None = None  # one that is only to be closed
+        with forks.opening:
             self._session = self._open()
-            _databases.add(self)
+            forks.databases.add(self)
 
     # -- work
 
@@ -276,10 +172,13 @@ class Database:
             self._commit_together(session, None)
             return
         try:
-            self._commit_alone(session, operation)
+            # What it found before it had to wait is mostly gone.
+            if operation.probe(session.connection):
+                self._commit_alone(session, operation)
         except Exception as error:  # noqa: BLE001  # raised where it was asked for
-            operation.error = error
-            operation.finished = True
+            operation.error = self.mapped(error) if isinstance(error, apsw.Error) else error
+        turnstile.leave()
+        operation.finished = True
         self._committer.answer()
 
     def undo(self, operation: Operation) -> None:
@@ -295,7 +194,7 @@ class Database:
             finally:
                 committer.leader = None
 
-    def _commit_alone(self, session: _Session, operation: Operation) -> None:
+    def _commit_alone(self, session: Session, operation: Operation) -> None:
         """Inside the turnstile: one operation, and out."""
         try:
             try:
@@ -320,7 +219,7 @@ class Database:
                 raise self._explained(session, error) from error
             raise
 
-    def _commit_together(self, session: _Session, own: Operation | None) -> None:
+    def _commit_together(self, session: Session, own: Operation | None) -> None:
         """Inside the turnstile: those that have joined, in one transaction, and out."""
         connection = session.connection
         committed: list[Any] = []  # not empty once they are
@@ -385,7 +284,7 @@ class Database:
             raise
         return tokens
 
-    def _conclude(self, session: _Session, committed: list[Any], failed: list[Exception]) -> None:
+    def _conclude(self, session: Session, committed: list[Any], failed: list[Exception]) -> None:
         """Finish what was committed, refuse what failed, hand back what it broke. Idempotent."""
         carried = [each for each in self._committer.carried if not each.finished]
         if committed and not failed:
@@ -405,7 +304,7 @@ class Database:
             self._refuse(session, carried, failed[0])
         self._committer.answer()
 
-    def _refuse(self, session: _Session, carried: list[Operation], error: Exception) -> None:
+    def _refuse(self, session: Session, carried: list[Operation], error: Exception) -> None:
         """All of them have failed, or the one that broke the transaction of all."""
         refused = carried
         if isinstance(error, BrokenError):
@@ -418,7 +317,7 @@ class Database:
             operation.finished = True
 
     def _take_all_back(
-        self, carried: list[Operation], session: _Session, *, committed: bool
+        self, carried: list[Operation], session: Session, *, committed: bool
     ) -> None:
         """Have nothing stand of what these did. Idempotent."""
         connection = session.connection
@@ -435,14 +334,14 @@ class Database:
         except apsw.Error:
             log.exception("%s: a call that failed could not be undone", self.options.path)
 
-    def _confirm(self, session: _Session) -> None:
+    def _confirm(self, session: Session) -> None:
         """After a commit: it is as durable as promised, and in the file under this path."""
         if session.syncs:
             self._sync(session)
         if session.poll(0) or session.identity.alarmed:
             self._ensure_in_place(session, undecided=True)
 
-    def _sync(self, session: _Session) -> None:
+    def _sync(self, session: Session) -> None:
         """Sync the -wal ourselves, outside of the turnstile, so that others' syncs go on meanwhile.
 
         If it fails, the system takes the pages for clean, and all can see what may never reach the
@@ -459,7 +358,7 @@ class Database:
             except apsw.Error:
                 raise self._undecided() from error
 
-    def _seize(self, held: list[Any]) -> _Session:
+    def _seize(self, held: list[Any]) -> Session:
         """Go in alone, until `end`."""
         self._ensure_outside(threading.get_ident())
         committer = self._committer
@@ -686,7 +585,7 @@ class Database:
 
     def ensure_not_forked_inside(self) -> None:
         """In a child that goes on with a call of its parent's, all else that fails is noise."""
-        if self._inside:
+        if self.inside:
             self.ensure_usable()
 
     def close(self) -> None:
@@ -725,22 +624,22 @@ class Database:
 
     # -- the session
 
-    def _open(self) -> _Session:
+    def _open(self) -> Session:
         try:
-            return _Session(self.options, self._stirring)
+            return Session(self.options, self._stirring)
         except apsw.Error as error:
             raise self.mapped(error) from error
         except SchemaError as error:
             raise type(error)(f"{self.options.path}: {error}") from error.__cause__
 
-    def _ready(self) -> _Session:
+    def _ready(self) -> Session:
         """The session to work in, with one of the locks held."""
         self.ensure_usable()
         return self._session or self._reopen()
 
-    def _reopen(self) -> _Session:
+    def _reopen(self) -> Session:
         """Open again, in a forked child."""
-        with _opening:
+        with forks.opening:
             if self._session is None:
                 session = self._open()
                 if self._forked and not holds_lock(self.options.path):
@@ -773,7 +672,7 @@ class Database:
         committer = self._committer
         return thread in (committer.leader, self._browser) or thread in committer.joined
 
-    def _ensure_in_place(self, session: _Session, *, undecided: bool) -> None:
+    def _ensure_in_place(self, session: Session, *, undecided: bool) -> None:
         if not session.identity.stands():
             moved = f"{self.options.path}: the file was unlinked, replaced or moved underneath"
             self._spoil(MovedError(moved))
@@ -807,7 +706,7 @@ class Database:
         return StoreError(f"{path}: {type(error).__name__}: {error}")
 
     def _take_back(
-        self, session: _Session, error: BaseException, operation: Operation | None
+        self, session: Session, error: BaseException, operation: Operation | None
     ) -> None:
         """After an interrupt or a failure: leave no transaction open, and nothing done.
 
@@ -830,7 +729,7 @@ class Database:
         if interrupt is not None and isinstance(error, Exception):
             raise interrupt
 
-    def _explained(self, session: _Session, error: Exception) -> Exception:
+    def _explained(self, session: Session, error: Exception) -> Exception:
         """Ours for apsw's, and what it says is true: after a failed write, nothing of it stands.
 
         Frames that a failed commit has left behind the log's end are valid for the next recovery.
@@ -854,9 +753,10 @@ class Database:
 
     # -- forks
 
-    def _before_fork(self) -> None:
+    def before_fork(self) -> None:
+        """Stand still: nobody is inside SQLite, but the thread that forks."""
         thread = threading.get_ident()
-        self._inside = self._is_inside(thread)
+        self.inside = self._is_inside(thread)
         for lock, owner in self._owned():
             if owner != thread:
                 lock.acquire()
@@ -869,8 +769,9 @@ class Database:
         leader = thread if seized else committer.leader
         return (committer.lock, leader), (self._read_lock, self._browser)
 
-    def _after_fork_in_parent(self) -> None:
-        self._inside = False
+    def after_fork_in_parent(self) -> None:
+        """Go on."""
+        self.inside = False
         self._let_go()
 
     def _let_go(self) -> None:
@@ -879,7 +780,8 @@ class Database:
             if owner != thread:
                 lock.release()
 
-    def _after_fork_in_child(self) -> None:
+    def after_fork_in_child(self) -> None:
+        """Let go what is the parent's; the next call opens anew."""
         # This thread may have been waiting for one of them, and its handler forked.
         self._let_go()
         session = self._session or self._spent
@@ -887,7 +789,7 @@ class Database:
         self._browser = None
         self._read_lock = threading.Lock()
         self._forked = True
-        if self._inside:
+        if self.inside:
             self._poison = StoreError(
                 f"{self.options.path}: the process was forked in the middle of a call of this "
                 "store, or of a transaction; the child can't use it"
@@ -895,58 +797,3 @@ class Database:
         self._committer.forget()
         if session is not None:
             session.abandon()
-
-
-# -- forks: the child inherits SQLite's table of locks, but not the locks. So every store of the
-# process stands still outside of SQLite while it forks, and the child closes all it has inherited
-# before it opens anything: then SQLite forgets the table.
-
-_opening = threading.Lock()
-_databases: weakref.WeakSet[Database] = weakref.WeakSet()
-_at_rest: list[Database] = []
-# To roll back what was open at the fork, SQLite in the child clears from the -shm what it takes for
-# its own frames. If the parent committed meanwhile these were the parent's: of 12 such forks one
-# lost it entries. So the parent waits until the child has let go: this pipe's other end is closed.
-_letting_go: list[int] = []
-
-
-def _before_fork() -> None:
-    while True:
-        # A database's locks come before _opening, as in a reopening.
-        for database in sorted(set(_databases).difference(_at_rest), key=id):
-            database._before_fork()  # noqa: SLF001
-            _at_rest.append(database)
-        _opening.acquire()
-        if set(_databases) <= set(_at_rest):
-            if any(database._inside for database in _at_rest):  # noqa: SLF001
-                _letting_go.extend(os.pipe())
-            return
-        _opening.release()
-
-
-def _after_fork_in_parent() -> None:
-    if _letting_go:
-        os.close(_letting_go.pop())
-        os.read(_letting_go[0], 1)
-        os.close(_letting_go.pop())
-    while _at_rest:
-        _at_rest.pop()._after_fork_in_parent()  # noqa: SLF001
-    _opening.release()
-
-
-def _after_fork_in_child() -> None:
-    global _opening  # noqa: PLW0603
-    _opening = threading.Lock()
-    doorbell.forget()
-    identity.forget()
-    while _at_rest:
-        _at_rest.pop()._after_fork_in_child()  # noqa: SLF001
-    while _letting_go:
-        os.close(_letting_go.pop())
-
-
-os.register_at_fork(
-    before=_before_fork,
-    after_in_parent=_after_fork_in_parent,
-    after_in_child=_after_fork_in_child,
-)

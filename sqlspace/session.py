@@ -1,0 +1,121 @@
+"""What one process has open of a file, and all that a fork invalidates.
+
+Two connections, one for writing and one for browsing; a descriptor of the -wal, for the turnstile,
+the marks and our own sync; the watch over the file's identity, the bell, the guard.
+"""
+
+import os
+import time
+
+import apsw
+
+from .connection import Connection, Options, connect, has_moved, open_verified
+from .doorbell import Doorbell, Stirring
+from .errors import MovedError
+from .guard import Guard
+from .identity import Identity
+from .marks import HISTORY_AT, PRESENT_AT, Marks
+from .turnstile import Turnstile
+
+__all__ = ["UPDATE_BOOTS", "Session"]
+
+# A commit that really changes a page; it decides what an earlier failure or crash left undecided.
+UPDATE_BOOTS = "UPDATE sqlspace_schema SET boots = boots + 1 WHERE version = 1"
+SELECT_FILE_ID = "SELECT file_id FROM sqlspace_schema WHERE version = 1"
+
+
+class _Patience:
+    """SQLite's busy handler: a writer that knows no turnstile is inside. In Python, for Ctrl-C."""
+
+    deadline = 0.0  # of the call under way, on the monotonic clock
+
+    def __call__(self, calls: int) -> bool:
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            return False
+        if calls:  # the first time it may be over already
+            time.sleep(min(left, 0.0005 * min(calls, 20)))
+        return True
+
+
+class Session:
+    """What one process has open of the file."""
+
+    def __init__(self, options: Options, stirring: Stirring) -> None:
+        path = options.path
+        self.connection = open_verified(options)
+        self.patience = _Patience()
+        self.connection.set_busy_handler(self.patience)
+        self.reader: Connection | None = None
+        self.data_version = 0
+        self.booted = False  # whether the commit before the first write is done
+        self.wal_descriptor: int | None = None
+        self.identity = Identity()
+        self.guard = Guard()
+        try:
+            self.file_id = self.connection.execute(SELECT_FILE_ID).get
+            if os.path.exists(path + "-wal"):  # not so under a vfs that keeps its files elsewhere
+                self.wal_descriptor = os.open(path + "-wal", os.O_RDONLY | os.O_CLOEXEC)
+                self.identity = Identity(path, path + "-wal")
+                if not self.identity.stands() or has_moved(self.connection):
+                    raise MovedError(f"{path}: it was moved while it was opened")
+            self.poll = self.identity.poll
+            # Without a -wal of our own to sync, SQLite does it.
+            self.syncs = options.sync == "group" and self.wal_descriptor is not None
+            if self.syncs:
+                self.connection.pragma("synchronous", "NORMAL")
+            self.marks = Marks(self.wal_descriptor)
+            self.turnstile = Turnstile(self.wal_descriptor, self.marks, 3 if self.syncs else 1)
+            if options.history is not None:
+                self.marks.hold(HISTORY_AT + options.history)
+            self.marks.hold(PRESENT_AT)
+            self.identity.announce()
+            self.marks.look_around(hears=self.identity.hears)
+            file = os.stat(path) if self.wal_descriptor is not None else None
+            place = (file.st_dev, file.st_ino) if file else None
+            self.guard = Guard(place)
+            self.bell = Doorbell(place, path + "-wal", self.marks, stirring)
+        except BaseException:
+            self._close_files()
+            raise
+
+    def boot(self) -> None:
+        """The commit before the first write."""
+        self.connection.execute(UPDATE_BOOTS)
+        self.booted = True
+
+    def open_reader(self, options: Options) -> Connection:
+        """The connection for browsing; made when first needed."""
+        if self.reader is None:
+            reader = connect(options, apsw.SQLITE_OPEN_READWRITE)
+            reader.pragma("query_only", 1)
+            self.reader = reader
+        return self.reader
+
+    def close(self) -> None:
+        """Let go all of it."""
+        self.bell.close()
+        self.turnstile.close()
+        self._close_files()
+
+    def _close_files(self) -> None:
+        self.identity.close()
+        if self.reader is not None:
+            self.reader.close()
+        self.connection.close()
+        if self.wal_descriptor is not None:
+            os.close(self.wal_descriptor)
+            self.wal_descriptor = None
+        self.guard.release()
+
+    def abandon(self) -> None:
+        """In a forked child: let go all that is the parent's, and leave no trace in the file."""
+        self.turnstile.close()
+        self.marks.close()
+        for connection in (self.reader, self.connection):
+            if connection is not None:
+                connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+                connection.close()
+        if self.wal_descriptor is not None:
+            os.close(self.wal_descriptor)
+        self.guard.release()
