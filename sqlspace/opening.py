@@ -5,7 +5,7 @@ from typing import Literal
 
 import apsw
 
-from .arguments import check_flag, check_int, check_timeout, kind
+from .arguments import check_flag, check_int, check_timeout, kind, shown
 from .connection import Options
 from .errors import StoreError
 
@@ -56,11 +56,13 @@ def options(
 
 
 def _check_sync(sync: object) -> bool | Literal["group"]:
-    if sync == "group" and isinstance(sync, str):
-        return "group"
-    if not isinstance(sync, bool):
+    if isinstance(sync, bool):
+        return sync
+    if not isinstance(sync, str):
         raise TypeError(f"sync must be True, False or 'group', not {kind(sync)}")
-    return sync
+    if sync != "group":
+        raise ValueError(f"sync must be True, False or 'group', not {shown(sync)}")
+    return "group"
 
 
 def check_path(path: object) -> str:
