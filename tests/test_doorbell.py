@@ -505,6 +505,20 @@ def test_a_ring_that_comes_as_its_only_waiter_leaves_is_passed_on(store, path, c
     other.finish()
 
 
+def test_a_ring_is_passed_on_to_a_process_that_came_after_the_last_look_around(store, path, child):
+    """Who hears another process's ring knows that it is not alone any more."""
+    bell = store._database.bell
+    store.push("mine", b"x")
+    assert bell._marks.alone
+    other = child(WAITER, path, "signs", "store.pull('k')", 1)
+    other.expect("parked")
+    add_quietly(path)
+    assert bell._marks.alone, "it has not written since, nor waited"
+    bell._watch._wake_for(bell._post("k").message, bell)
+    other.expect("b'1'", "no looks")
+    other.finish()
+
+
 def test_a_ring_at_one_that_has_just_left_goes_to_the_next(store, path, child, monkeypatch):
     """Whoever rings looks once more whether the one it rang at still waits."""
     other = child(WAITER, path, "signs", "store.pull('k')", 1)

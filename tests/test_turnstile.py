@@ -14,7 +14,7 @@ from children import PATIENCE_SECONDS, eventually
 import sqlspace
 from sqlspace import identity
 from sqlspace.errors import BusyError
-from sqlspace.marks import QUEUED_AT, Marks
+from sqlspace.marks import PRESENT_AT, QUEUED_AT, Marks
 from sqlspace.turnstile import Turnstile
 
 
@@ -210,6 +210,23 @@ def test_who_comes_is_noticed_before_the_next_write(path, turns, child):
             second.push("k", b"4")
             assert len(turns) == 4
         assert store.pull_many("k", 5) == [b"1", b"2", b"3", b"4"]
+
+
+def test_who_comes_is_noticed_though_it_was_looked_for_a_moment_too_soon(path, turns, monkeypatch):
+    """An open announces itself once it can be seen, and not only by opening the files before."""
+    with sqlspace.open(path, sync=False) as store:
+        hold = Marks.hold
+
+        def late(marks, offset):
+            if offset == PRESENT_AT:
+                store.push("k", b"sees nobody yet")
+                assert turns == []
+            hold(marks, offset)
+
+        monkeypatch.setattr(Marks, "hold", late)
+        with sqlspace.open(path, sync=False):
+            store.push("k", b"sees it")
+            assert turns == [fcntl.LOCK_EX | fcntl.LOCK_NB, fcntl.LOCK_UN]
 
 
 def test_who_cannot_hear_others_come_takes_turns_from_the_first(path, turns, monkeypatch):
