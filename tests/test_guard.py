@@ -245,7 +245,7 @@ def test_a_failed_open_guards_nothing(path, monkeypatch):
     def fail(*_):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("sqlspace.database.Doorbell", fail)
+    monkeypatch.setattr("sqlspace.session.Doorbell", fail)
     with pytest.raises(ZeroDivisionError):
         sqlspace.open(path)
     assert connects(path)
