@@ -65,7 +65,7 @@ class Session:
             if self.syncs:
                 self.connection.pragma("synchronous", "NORMAL")
             self.marks = Marks(self.wal_descriptor)
-            self.turnstile = Turnstile(self.wal_descriptor, self.marks, 3 if self.syncs else 1)
+            self.turnstile = Turnstile(self.wal_descriptor, self.marks)
             if options.history is not None:
                 self.marks.hold(HISTORY_AT + options.history)
             self.marks.hold(PRESENT_AT)
