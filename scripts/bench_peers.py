@@ -178,7 +178,7 @@ def open_queue(path: str, sync: bool) -> Client:  # noqa: ARG001  # it has neith
     return Client(found.put, _or_none(found.get_nowait, queue.Empty), lambda: None)
 
 
-def open_processes_queue(path: str, sync: bool) -> Client:  # noqa: ARG001
+def open_processes_queue(path: str, sync: bool) -> Client:  # noqa: ARG001  # nor has this
     found: Any = multiprocessing.Queue()
 
     def get() -> object:

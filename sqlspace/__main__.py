@@ -23,7 +23,7 @@ def _run() -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in ("click", "rich"):
             raise
-        print(  # noqa: T201
+        print(  # noqa: T201  # a command line's word to its user
             f"sqlspace: the command line needs {error.name}: pip install 'sqlspace[cli]'",
             file=sys.stderr,
         )

@@ -207,7 +207,7 @@ def _beside(path: str, its: os.stat_result, found: os.stat_result) -> Iterator[_
 def _wal(path: str) -> Finding:
     beside = path + "-wal"
     held = os.stat(beside).st_size if os.path.exists(beside) else 0
-    bound = connection._WAL_BYTES  # noqa: SLF001
+    bound = connection._WAL_BYTES  # noqa: SLF001  # to which a checkpoint cuts it
     if held <= bound:
         return _ok("-wal", f"{_kib(held)}, at most {_kib(bound)} is usual")
     return _warning(
@@ -247,7 +247,7 @@ def _content(store: Store) -> Iterator[Finding]:
     free_pages = read("PRAGMA freelist_count")[0][0]
     free = free_pages * read("PRAGMA page_size")[0][0]
     text = f"{free_pages:,} ({_kib(free)})"
-    if free > max(_MUCH_FREE_BYTES, store._database.sizes()[0] // 2):  # noqa: SLF001
+    if free > max(_MUCH_FREE_BYTES, store._database.sizes()[0] // 2):  # noqa: SLF001  # stats counts all
         text += ", more than half of the file: sqlspace compact gives them back"
         yield _warning("free pages", text)
     else:
