@@ -1,4 +1,7 @@
-"""What all tests share: children that can't be forgotten, and a deadline for what must happen."""
+"""What all tests share: children that can't be forgotten, and a deadline for what must happen.
+
+At the end of a run a table tells what the long tests have tried.
+"""
 
 import pathlib
 import sys
@@ -23,3 +26,17 @@ def child(request):
     yield start
     for process in started:
         process.end()
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What was tried, how often, with which seeds, and what was found."""
+    from proof import Line, lines  # noqa: PLC0415  # the line above makes it importable
+
+    if not lines:
+        return
+    table = [Line("tried", "how often", "seeds", "found"), *lines]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    terminalreporter.section("proof")
+    for line in table:
+        cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        terminalreporter.line("  ".join(cells).rstrip())
