@@ -64,6 +64,9 @@ T = TypeVar("T")
 # which SQLite checkpoints by itself.
 _WAL_BYTES = 8 << 20
 
+# SQLite's page, unless a file says otherwise.
+_FIRST_PAGE_BYTES = 4096
+
 _LOOKS_AT_LOCKS = 20
 
 _DATABASE_MAGIC = b"SQLite format 3\0"
@@ -188,8 +191,9 @@ def _look(options: Options) -> int:
     if not header:
         return schema.EMPTY
     if len(header) < 100 or not header.startswith(_DATABASE_MAGIC):
-        # A first open that a power cut ended may leave zeros, and the journal that leads back.
-        if not header.strip(b"\0") and _pages_before(_journal(path)) == 0:
+        # A first open that a power cut ended may leave anything in its one page, and the journal
+        # that leads back.
+        if _pages_before(_journal(path)) == 0 and os.stat(path).st_size <= _FIRST_PAGE_BYTES:
             return schema.EMPTY
         raise CorruptError(f"{path}: it is no SQLite database")
     # Its version for readers is what SQLite goes by.

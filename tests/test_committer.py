@@ -451,13 +451,13 @@ class File(apsw.VFSFile):
         super().__init__("unix", name, flags)
         self.fails = bool(flags[1] & apsw.SQLITE_OPEN_WAL)
 
-    def xSync(self, flags):  # noqa: N802
+    def xSync(self, flags):
         if self.fails and Faults.syncs:
             Faults.syncs -= 1
             raise apsw.IOError("a bad disk")
         return super().xSync(flags)
 
-    def xWrite(self, data, offset):  # noqa: N802
+    def xWrite(self, data, offset):
         if self.fails and Faults.writes:
             Faults.writes -= 1
             raise apsw.FullError("a full disk")
@@ -468,7 +468,7 @@ class Failing(apsw.VFS):
     def __init__(self):
         super().__init__("failing", "unix")
 
-    def xOpen(self, name, flags):  # noqa: N802
+    def xOpen(self, name, flags):
         return File(name, flags)
 
 
@@ -1421,17 +1421,17 @@ class Elsewhere(apsw.VFS):
     def _place(self, name):
         return os.path.join(self._directory, os.path.basename(name))
 
-    def xOpen(self, name, flags):  # noqa: N802
+    def xOpen(self, name, flags):
         place = name.filename() if isinstance(name, apsw.URIFilename) else name
         return apsw.VFSFile("unix", place and self._place(place), flags)
 
-    def xFullPathname(self, name):  # noqa: N802
+    def xFullPathname(self, name):
         return self._place(name)
 
-    def xAccess(self, name, flags):  # noqa: N802
+    def xAccess(self, name, flags):
         return super().xAccess(self._place(name), flags)
 
-    def xDelete(self, name, sync):  # noqa: N802
+    def xDelete(self, name, sync):
         super().xDelete(self._place(name), sync)
 
 

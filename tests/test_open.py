@@ -252,13 +252,25 @@ def test_a_first_open_that_was_killed_at_any_moment_can_be_opened_again(tmp_path
         assert not os.path.exists(path + "-journal")
 
 
-def test_a_first_open_that_a_power_cut_ended_can_be_opened_again(path):
-    """The file may have its length and none of its bytes; the journal leads back to nothing."""
-    pathlib.Path(path).write_bytes(bytes(4096))
+@pytest.mark.parametrize("left", [bytes(4096), b"junk" * 1024, MAGIC + bytes(5)])
+def test_a_first_open_that_a_power_cut_ended_can_be_opened_again(path, left):
+    """The file may have its length and other bytes; the journal leads back to nothing."""
+    pathlib.Path(path).write_bytes(left)
     pathlib.Path(path + "-journal").write_bytes(JOURNAL)
     with sqlspace.open(path) as store:
         assert store.push("mail", b"x") == 1
     assert not os.path.exists(path + "-journal")
+
+
+@pytest.mark.parametrize("left", [bytes(5000), b"junk" * 1025])
+def test_a_file_longer_than_a_first_open_makes_it_is_somebodys(path, left):
+    """Whatever lies beside it: to roll that back would empty the file."""
+    pathlib.Path(path).write_bytes(left)
+    pathlib.Path(path + "-journal").write_bytes(JOURNAL)
+    with pytest.raises(sqlspace.CorruptError):
+        sqlspace.open(path)
+    assert pathlib.Path(path).read_bytes() == left
+    assert pathlib.Path(path + "-journal").read_bytes() == JOURNAL
 
 
 @pytest.mark.parametrize("mode", ["delete", "wal"])
@@ -940,7 +952,7 @@ class Passing(apsw.VFS):
         self.opened = []
         super().__init__(name, "unix")
 
-    def xOpen(self, name, flags):  # noqa: N802  # SQLite's name
+    def xOpen(self, name, flags):  # SQLite's name
         self.opened.append(os.path.basename(getattr(name, "filename", lambda: name)() or ""))
         return apsw.VFSFile("unix", name, flags)
 
