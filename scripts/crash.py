@@ -1,0 +1,139 @@
+"""A campaign of power cuts: as many seeds as there is time for, on all processors.
+
+It ends with exit code 1 if a promise was broken, and with the names of the images that show it;
+`--replay IMAGE` makes one of them again.
+"""
+
+import argparse
+import itertools
+import multiprocessing
+import os
+import pathlib
+import queue
+import sys
+import time
+import traceback
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests" / "helpers"))
+
+from powercuts import Explorer
+
+console = Console(highlight=False, soft_wrap=True)
+SHOWN = 20  # violations
+
+
+def work(seeds, ends, news):
+    """Explore one seed after the other, and tell how far it is."""
+    told = 0
+
+    def watch(explorer):
+        nonlocal told
+        if explorer.images - told >= 250:
+            news.put(("images", explorer.images - told))
+            told = explorer.images
+        return time.monotonic() < ends
+
+    try:
+        for seed in iter(seeds.get, None):
+            told = 0
+            explorer = Explorer(watch=watch)
+            explorer.explore(seed)
+            news.put(("images", explorer.images - told))
+            news.put(("seed", (seed, explorer.runs, explorer.deeds, explorer.violations)))
+            if time.monotonic() >= ends:
+                break
+    except BaseException:
+        news.put(("broken", traceback.format_exc()))
+        raise
+    news.put(("done", None))
+
+
+def campaign(minutes, processes, first):
+    """Run it; the exit code."""
+    context = multiprocessing.get_context("spawn")
+    seeds, news = context.Queue(maxsize=processes), context.Queue()
+    begins = time.monotonic()
+    ends = begins + minutes * 60
+    workers = [
+        context.Process(target=work, args=(seeds, ends, news), daemon=True)
+        for _ in range(processes)
+    ]
+    for worker in workers:
+        worker.start()
+    images = runs = deeds = 0
+    explored, violations, coming = [], [], itertools.count(first)
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=console
+    ) as progress:
+        task = progress.add_task("", total=minutes * 60)
+        at_work = len(workers)
+        while at_work:
+            if not seeds.full():
+                seeds.put(next(coming))
+            try:
+                kind, what = news.get(timeout=0.2)
+            except queue.Empty:
+                kind, what = "nothing", None
+            if kind == "images":
+                images += what
+            elif kind == "seed":
+                explored.append(what[0])
+                runs += what[1]
+                deeds += what[2]
+                violations += what[3]
+                for name, text in what[3][:SHOWN]:
+                    progress.console.print(f"[red]{name}[/]: {text}", markup=True)
+            elif kind == "broken":
+                progress.console.print(what, markup=False)
+                return 2
+            elif kind == "done":
+                at_work -= 1
+            progress.update(
+                task,
+                completed=min(time.monotonic() - begins, minutes * 60),
+                description=f"{images:,} images, {len(violations):,} violations",
+            )
+    seconds = time.monotonic() - begins
+    console.print(
+        f"seeds       {min(explored)} to {max(explored)}\n"
+        f"runs        {runs:,}, of {deeds:,} calls\n"
+        f"images      {images:,}\n"
+        f"a second    {images / seconds:,.0f}\n"
+        f"violations  {len(violations):,}"
+    )
+    return int(bool(violations))
+
+
+def replay(image):
+    """Make it again; the exit code."""
+    explorer = Explorer()
+    try:
+        explorer.replay(image)
+    except (ValueError, IndexError):
+        console.print(f"{image}: there is no such image", markup=False)
+        return 2
+    for name, text in explorer.violations:
+        console.print(f"{name}: {text}", markup=False)
+    console.print(f"{image}: {'broken' if explorer.violations else 'no promise is broken'}")
+    return int(bool(explorer.violations))
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="scripts/crash", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=1.0)
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--seed", type=int, default=1, help="the first one")
+    parser.add_argument("--replay", metavar="IMAGE", help="as a campaign has printed it")
+    asked = parser.parse_args()
+    if asked.replay is not None:
+        return replay(asked.replay)
+    if not asked.minutes > 0 or asked.processes < 1:
+        parser.error("--minutes and --processes must be positive")
+    return campaign(asked.minutes, asked.processes, asked.seed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
