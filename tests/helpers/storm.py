@@ -13,6 +13,7 @@ written stays in the folder that is named.
 """
 
 import argparse
+import contextlib
 import json
 import logging
 import math
@@ -98,6 +99,7 @@ class Storm:
             self.folder,
             f"{self.started:05}",
             self.random.random(),
+            os.getpid(),
             threads=1 if draining else self.random.choice((1, 1, 1, 4)),
             sync=self.random.choice(self.syncs),
             history=self.history,
@@ -120,6 +122,8 @@ class Storm:
             code = 1
             try:
                 code = storm_worker.work(task, self.store if inherits else None)
+            except KeyboardInterrupt:  # told to end before it could hear
+                code = 0
             finally:
                 os._exit(code)
         self.names[pid] = task.name
@@ -197,7 +201,8 @@ class Storm:
 
     def drain(self):
         task = Task(self.folder, "drain", 0)
-        Lane(Worker(task, self.store), Log(task, 0), 0).drain()
+        with contextlib.closing(Log(task, 0)) as log:
+            Lane(Worker(task, self.store), log, 0).drain()
         left = [key for key in (*DRAINED, *RULES) if self.store.len(key)]
         self.problems += [f"{key}: something is left" for key in left]
 
@@ -276,14 +281,18 @@ def storm(folder, minutes, processes, seed, plant):
             # Half of them in memory, where ten times as much happens in the same time.
             memory = MEMORY if number % 2 and os.path.isdir(MEMORY) else None
             place = tempfile.mkdtemp(prefix="sqlspace-storm-", dir=memory)
-            found, counted = run(
-                place,
-                seconds=seconds,
-                processes=processes,
-                seed=f"{seed}/{number}",
-                plant=plant,
-                tick=tick,
-            )
+            try:
+                found, counted = run(
+                    place,
+                    seconds=seconds,
+                    processes=processes,
+                    seed=f"{seed}/{number}",
+                    plant=plant,
+                    tick=tick,
+                )
+            except BaseException:
+                shutil.rmtree(place)
+                raise
             counts += counted
             problems += [f"round {number}: {problem}" for problem in found]
             if found:
@@ -312,6 +321,7 @@ def main():
         problems, counts = judge_folder(folder)
         report(counts, problems, folder=folder)
         return int(bool(problems))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     folder = tempfile.mkdtemp(prefix="sqlspace-storm-")
     try:
         problems, counts = storm(folder, given.minutes, given.processes, given.seed, given.plant)

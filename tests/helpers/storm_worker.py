@@ -4,6 +4,7 @@ python storm_worker.py TASK      a worker in a process of its own, TASK as JSON
 """
 
 import contextlib
+import ctypes
 import itertools
 import json
 import logging
@@ -40,6 +41,8 @@ TIMED, WIPED, PUT, ONCE = "timed", "wiped", "put", "once"
 MOVE_FROM, MOVE_TO, KEPT = "move/from", "move/to", "once/kept"  # the latter two keep what they get
 DRAINED = [*QUEUES, TIMED, WIPED, PUT, ONCE, MOVE_FROM]
 POISON = "!"  # no handler can do it
+PR_SET_PDEATHSIG = 1
+INSERT = "INSERT INTO sqlspace_outbox (key, payload) VALUES (?, ?)"
 DEDUPES_SECONDS = 0.1  # so long, all workers push with the same few ids
 
 __all__ = ["DRAINED", "LEASE", "RULES", "Lane", "Log", "Task", "Worker", "work"]
@@ -56,6 +59,7 @@ class Task:
     Attributes:
         folder: Of the store and the logs.
         name: Of its logs.
+        parent: The process without which it ends; 0: none.
         seed: Of its whims.
         threads: How many work.
         sync: Of its store.
@@ -67,7 +71,8 @@ class Task:
 
     folder: str
     name: str
-    seed: float
+    seed: float | str
+    parent: int = 0
     threads: int = 1
     sync: bool | str = False
     history: int | None = None
@@ -100,6 +105,9 @@ class Log:
     def write(self, record):
         os.write(self._file, (json.dumps(record) + "\n").encode())
 
+    def close(self):
+        os.close(self._file)
+
 
 class Worker:
     """A process's work, or a part of a process.
@@ -107,14 +115,12 @@ class Worker:
     Args:
         task: See there.
         store: That it uses; None: one of its own.
-        parent: Without whom it ends, a process's id.
     """
 
-    def __init__(self, task, store=None, parent=None):
+    def __init__(self, task, store=None):
         self.task = task
         self.over = threading.Event()
         self.store = store
-        self.parent = parent
 
     def run(self):
         """Until it is killed, or told to end; whether nothing happened that never should."""
@@ -143,6 +149,9 @@ class Worker:
         except BaseException:
             logs[0].write(["error", traceback.format_exc()])
             raise
+        finally:
+            for log in logs:
+                log.close()
 
     def guarded(self, step, log):
         """Whether it raised nothing; if it did, the log tells."""
@@ -168,7 +177,7 @@ class Worker:
                 self.leave_if_orphaned()
 
     def leave_if_orphaned(self):
-        if self.parent not in (None, os.getppid()):
+        if self.task.parent not in (0, os.getppid()):
             os._exit(3)
 
     def push_foreign(self, log):
@@ -183,16 +192,18 @@ class Worker:
             key, payload = whims.choice(QUEUES), f"{log.name}.{number}"
 
             def push(key=key, payload=payload):
-                connection.execute(
-                    "INSERT INTO sqlspace_outbox (key, payload) VALUES (?, ?)", (key, payload)
-                )
+                try:
+                    connection.execute(INSERT, (key, payload))
+                except sqlite3.OperationalError as error:
+                    if error.sqlite_errorcode != sqlite3.SQLITE_BUSY:
+                        raise
+                    raise sqlspace.BusyError from error
 
             do(
                 log.write,
                 push,
                 *("push", key, [payload], {}),
                 result=lambda _: [None],
-                refused=sqlite3.OperationalError,
             )
             time.sleep(whims.expovariate(100))
 
@@ -572,7 +583,9 @@ def ends(delivery):
 
 def work(task, store=None):
     """Be a worker, in this process; its exit code."""
-    worker = Worker(task, store, parent=os.getppid())
+    worker = Worker(task, store)
+    if sys.platform == "linux":  # who is frozen then can't look
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGTERM, lambda *_: worker.over.set())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the storm's
     logging.getLogger("sqlspace").addHandler(logging.NullHandler())
