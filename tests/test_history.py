@@ -576,6 +576,20 @@ def prefer_the_second_key(it):
     it.take(0, 60, key="others")
 
 
+def prefer_the_second_key_to_claim(it):
+    it.push(12)
+    it.push(13, key="tries")
+    it.ack(0, 13)
+    it.record(0, "B", "claim", "p13")[3] = ["plain", "tries"]
+    it.ack(0, 12)
+
+
+def take_more_than_asked(it):
+    it.push(60, 61, key="queue")
+    it.take(0, 60, 61)
+    it.record(0, "B", "take", "p60")[4] = 1
+
+
 def give_a_seq_twice(it):
     it.push(60, key="queue")
     it.take(0, 60)
@@ -694,7 +708,9 @@ FAULTS = [
     (count_wrong, "entry 1: its last attempt was not the one that was acked"),
     (repeat_an_attempt, "entry 3: attempts do not grow by one"),
     (give_a_token_twice, "entry 3: a token was given twice"),
-    (claim_more_than_asked, "2 entries were claimed instead of 1"),
+    (claim_more_than_asked, "a claim gave 2 instead of 1"),
+    (take_more_than_asked, "a take gave 2 instead of 1"),
+    (prefer_the_second_key_to_claim, "plain: nothing was found there, and p12 was"),
     (ack_out_of_turn, "turn: not settled in order"),
     (lease_two_of_a_turn, "turn: entry 13 was leased beside another"),
     (lease_in_a_delay, "turn: entry 13 was leased out of its turn"),

@@ -254,6 +254,7 @@ class Judge:
                     self.cuts[key] += [(op.began, op.ended)] * limit
             elif op.done:
                 self.see(op, keys, op.result, takes=True)
+                self.bound(op)
         for op in self.ops["peek"]:
             if op.done:
                 self.see(op, op.given[0], op.result, takes=False)
@@ -322,8 +323,11 @@ class Judge:
                 self.looks[key].append(Look(entry, op.began, op.ended, takes))
                 if takes:
                     entry.takes.append(op)
-        passed = itertools.takewhile(lambda key: not found or key != found[0][0], keys)
-        for key in passed:
+        self.pass_by(op, keys, [key for key, _ in found])
+
+    def pass_by(self, op, keys, found):
+        """Of several keys, the first that has something counts: the ones before have nothing."""
+        for key in itertools.takewhile(lambda key: key not in found[:1], keys):
             self.empties[key].append((op.began, op.ended))
 
     def entry(self, key, payload):
@@ -334,9 +338,8 @@ class Judge:
         return entry
 
     def see_claims(self, op):
-        keys, limit = op.given
-        if len(op.result) > limit:
-            self.say(f"{len(op.result)} entries were claimed instead of {limit}")
+        keys, _ = op.given
+        self.bound(op)
         for _, seq, attempts, _, key, payload in op.result:
             entry = self.entry(key, payload)
             if entry is not None:
@@ -346,9 +349,13 @@ class Judge:
         in_turn = any(
             key in self.evidence.rules and self.evidence.rules[key].ordered for key in keys
         )
-        if not op.result and not in_turn:
-            for key in keys:
-                self.empties[key].append((op.began, op.ended))
+        if not in_turn:
+            self.pass_by(op, keys, [each[4] for each in op.result])
+
+    def bound(self, op):
+        keys, limit = op.given
+        if len(op.result) > limit:
+            self.say(f"{keys}: a {op.what} gave {len(op.result)} instead of {limit}")
 
     def decide_first(self, entry):
         if entry.claims:

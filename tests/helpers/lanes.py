@@ -4,8 +4,9 @@ import random
 import sys
 import threading
 
-import storm_worker
 from history import Evidence, do, judge, remains
+from storm_lane import RULES, Lane
+from storm_worker import Task, Worker
 
 import sqlspace
 
@@ -133,17 +134,17 @@ def run_on_local(local, threads, steps, seed):
 
 def run_on_store(store, threads, steps, seed):
     """The same; the lanes are those of a storm."""
-    worker = storm_worker.Worker(storm_worker.Task("", "", seed, history=None), store)
+    worker = Worker(Task("", "", seed, history=None), store)
 
     def lane(log):
-        one = storm_worker.Lane(worker, log, f"{seed}/{log.name}")
+        one = Lane(worker, log, f"{seed}/{log.name}")
         return lambda: [one.step() for _ in range(steps)]
 
     logs = together(threads, lane)
     worker.task.draining = True
     rest = Memory("rest")
-    last = storm_worker.Lane(worker, rest, seed)
-    last.run(rest)
+    last = Lane(worker, rest, seed)
+    last.run()
     last.drain()
     rows, integrity = remains(store.path)
-    return judge(Evidence([*logs, rest.records], rows, integrity, storm_worker.RULES))
+    return judge(Evidence([*logs, rest.records], rows, integrity, RULES))

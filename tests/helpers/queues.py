@@ -33,6 +33,9 @@ class Queues:
         self.ops, self.entries = history.ops, history.entries
         self.looks, self.empties, self.cuts = history.looks, history.empties, history.cuts
         self.by_seq = {}
+        self.of_key = defaultdict(list)
+        for entry in self.entries.values():
+            self.of_key[entry.key].append(entry)
         for step in (
             self.judge_seqs,
             self.judge_looks,
@@ -95,12 +98,8 @@ class Queues:
 
     def judge_order(self):
         """Nothing comes out while something stands ready that has its place before it."""
-        waiting = defaultdict(list)
-        for entry in self.entries.values():
-            if entry.first is not None and not entry.delay:
-                waiting[entry.key].append(entry)
         for key, looks in self.looks.items():
-            ahead = waiting[key]
+            ahead = [each for each in self.of_key[key] if each.first is not None and not each.delay]
             by_seq = Frontier(
                 (each.seq, (each.first, each.payload)) for each in ahead if each.seq is not None
             )
@@ -122,8 +121,8 @@ class Queues:
         for key, empties in self.empties.items():
             standing = Frontier(
                 (each.ready, (each.first, each.payload))
-                for each in self.entries.values()
-                if each.key == key and each.first is not None
+                for each in self.of_key[key]
+                if each.first is not None
             )
             for began, ended in empties:
                 untouched, payload = standing.before(began)
@@ -148,7 +147,7 @@ class Queues:
             self.count_cleared(key, ops)
 
     def count_cleared(self, key, ops):
-        mine = [each for each in self.entries.values() if each.key == key]
+        mine = self.of_key[key]
         if any(op.what == "put" or op.done is None for op in ops) or any(each.ttl for each in mine):
             return
         out = sum(bool(each.takes) or each.live for each in mine) + sum(op.result for op in ops)
@@ -220,7 +219,7 @@ class Queues:
         until = Frontier((-look.entry.seq, (-look.ended, "")) for look in numbered)
         cuts = sorted(self.cuts[key], reverse=True)
         fit = []
-        delayed = any(each.delay for each in self.entries.values() if each.key == key)
+        delayed = any(each.delay for each in self.of_key[key])
         for entry in sorted(missing, key=lambda each: each.seq or NEVER):
             begin, end = entry.began, NEVER
             if entry.seq is not None and not delayed:

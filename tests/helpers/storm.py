@@ -7,8 +7,8 @@ A storm is a row of rounds, each with a file of its own: half a minute of rage, 
 that is left is drained, and the judgement. The workers are forks of a process that has the store
 open and works in it, too, some of which use that very store; fresh processes; and now and then
 another SQLite library that pushes through the view. They get SIGKILL, now and then all at once, or
-SIGSTOP for longer than every lease and busy_timeout, wherever they are. `storm_worker` tells what
-they do, `history` and `leases` what is judged. Exit status 1: there were violations, and what was
+SIGSTOP for longer than every lease and busy_timeout, wherever they are. `storm_lane` tells what
+they do, `queues` and `leases` what is judged. Exit status 1: there were violations, and what was
 written stays in the folder that is named.
 """
 
@@ -34,7 +34,8 @@ from history import Evidence, judge, parsed, remains
 from plants import PLANTS
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from storm_worker import BUSY_TIMEOUT, DRAINED, LEASE, RULES, Lane, Log, Task, Worker
+from storm_lane import DRAINED, LEASE, RULES, Lane
+from storm_worker import BUSY_TIMEOUT, Log, Task, Worker
 
 import sqlspace
 
