@@ -68,7 +68,7 @@ class Lane:
             self.time: 4,
             self.push_once: 5,
             self.push_work: 6,
-            self.work: 16,
+            self.work: 20,
             self.compact: 0.1 if forgets else 0,
         }
         if self.task.draining:
@@ -301,7 +301,7 @@ class Lane:
             if self.chance(0.05):
                 lease = self.random.uniform(0.5, 2) * LEASE
                 self.settle_by("extend", [delivery], lambda: delivery.extend(lease), lease)  # noqa: B023
-            if self.chance(0.3):
+            if self.chance(0.5):
                 ripe = time.monotonic() + LEASE * self.random.uniform(0.5, 2)
                 self.aside.append((ripe, delivery))
             else:
