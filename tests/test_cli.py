@@ -1404,3 +1404,10 @@ def test_the_core_imports_neither_click_nor_rich():
     argv = [sys.executable, "-c", program]
     done = subprocess.run(argv, capture_output=True, check=True, timeout=SECONDS)
     assert done.stdout == b"[]\n"
+
+
+def test_peek_takes_a_limit_of_any_size(cli, path):
+    """As pull does."""
+    with sqlspace.open(path) as store:
+        store.push_many("mail", [b"1", b"2"])
+    assert cli("peek", path, "mail", "--limit", 1 << 64) == (0, b"1\n2\n", "")
