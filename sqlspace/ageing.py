@@ -10,7 +10,7 @@ import logging
 from typing import Any
 
 from . import clock, dead_letters, upkeep
-from .connection import Connection
+from .connection import Connection, change_each, disagreement
 from .dead_letters import RELEASE
 from .doorbell import room_token
 from .rules import DEAD, LAST, NO_SEQ, OVER, UNEXPIRED
@@ -109,7 +109,10 @@ def catch_up(
         tokens.append(key)
     if everything:
         while is_behind(connection, key, now):
+            before = connection.total_changes()
             tokens += catch_up(connection, key, now)
+            if connection.total_changes() == before:
+                raise disagreement()
         while expired := expire(connection, now):
             tokens += expired
     return tokens
@@ -120,7 +123,7 @@ def _release(connection: Connection, key: str, now: int, limit: int) -> int:
     over = _all_over(connection, key, now, limit + 1)
     if len(over) > limit:
         over = _first_over(connection, key, now, limit)
-    connection.executemany(RELEASE, [(seq,) for seq in over])
+    change_each(connection, RELEASE, [(seq,) for seq in over])
     if lapsed := sum(over.values()):
         log.warning("%d leases under %a ran out; their entries are ready again", lapsed, key)
     return len(over)

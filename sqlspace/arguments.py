@@ -83,8 +83,10 @@ def check_key(key: object, argument: str = "key") -> str:
     return key
 
 
-def nameable(key: bytes) -> str | None:
+def nameable(key: bytes | None) -> str | None:
     """A key as it stands in the file, unless somebody else's SQL made it one that no verb takes."""
+    if key is None:
+        return None
     try:
         return check_key(key.decode())
     except ValueError:
@@ -93,7 +95,7 @@ def nameable(key: bytes) -> str | None:
 
 def check_keys(keys: object, argument: str = "keys") -> list[str]:
     """One or more keys, in the order given."""
-    if isinstance(keys, str | bytes) or not isinstance(keys, Iterable):
+    if isinstance(keys, str | bytes | memoryview) or not isinstance(keys, Iterable):
         raise TypeError(f"{argument} must be an iterable of str, not {kind(keys)}")
     checked = [check_key(key, f"{argument}[{index}]") for index, key in enumerate(keys)]
     if not checked:
@@ -144,6 +146,7 @@ def check_headers(headers: object) -> str | None:
         return None
     if not isinstance(headers, dict):
         raise TypeError(f"headers must be dict[str, str] or None, not {kind(headers)}")
+    headers = dict.copy(headers)  # what it holds now, whatever it says of that later
     for name, value in headers.items():
         if not isinstance(name, str):
             raise TypeError(f"headers must have str as names, not {kind(name)}")
@@ -163,7 +166,7 @@ def check_headers(headers: object) -> str | None:
 
 def check_flag(value: object, argument: str) -> bool:
     """True or False, and nothing that is merely true or false."""
-    if not isinstance(value, bool):
+    if value is not True and value is not False:
         raise TypeError(f"{argument} must be bool, not {kind(value)}")
     return value
 
@@ -178,9 +181,10 @@ def check_int(value: object, argument: str, least: int) -> int:
     """A whole number of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{argument} must be int, not {kind(value)}")
-    if value < least:
+    number = int.__int__(value)  # a subclass may say that it is another
+    if number < least:
         raise ValueError(f"{argument} must be at least {least}, not {shown(value)}")
-    return int(value)
+    return number
 
 
 def check_timeout(timeout: object, argument: str = "timeout") -> float | None:

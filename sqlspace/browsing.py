@@ -8,17 +8,19 @@ letters that must come into being the seq isn't known yet, so whoever looks at d
 moved first.
 """
 
+import contextlib
 import functools
 import heapq
 import itertools
 import json
 import logging
+import operator
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 from . import clock, dead_letters, entries, rules, upkeep
 from .arguments import nameable
-from .connection import Connection
+from .connection import Connection, disagreement
 from .database import Database
 from .doorbell import limit_of, room_token, turn_token, waited_key
 from .errors import BusyError, CorruptError, FullError
@@ -80,11 +82,11 @@ SELECT nullif(min(
          {_NONE})), {_NONE})
 """
 SELECT_HEAD = f"""
-SELECT seq, ifnull(payload, x'') FROM sqlspace_entries WHERE seq = ({SELECT_FIRST})
+SELECT seq, CAST(ifnull(payload, x'') AS BLOB) FROM sqlspace_entries WHERE seq = ({SELECT_FIRST})
 """
 # The headers as a blob: what somebody else's SQL made of no valid UTF-8 can't be a str.
 SELECT_ENTRY = f"""
-SELECT seq, key, ifnull(payload, x''), CAST(headers AS BLOB),
+SELECT seq, key, CAST(ifnull(payload, x'') AS BLOB), CAST(headers AS BLOB),
        CASE WHEN {LEASED} THEN 2 WHEN due_at IS NOT NULL AND {HELD} THEN 1 ELSE 0 END,
        pushed_at, CASE WHEN {HELD} THEN due_at END, expires_at, CASE WHEN {HELD} THEN deadline END,
        attempts
@@ -101,15 +103,17 @@ SELECT CAST(min(key) AS BLOB) FROM sqlspace_entries INDEXED BY sqlspace_entries_
  WHERE key > CAST(? AS TEXT) AND state < 3
 """
 SELECT_STATS = f"""
-SELECT CAST(key AS BLOB), count(*), sum({LEASED}), sum(due_at IS NOT NULL AND {HELD}),
+SELECT CAST(key AS BLOB), count(*), count(CASE WHEN {LEASED} THEN 1 END),
+       count(CASE WHEN due_at IS NOT NULL AND {HELD} THEN 1 END),
        min(pushed_at), sum(length(payload))
   FROM sqlspace_entries INDEXED BY sqlspace_entries_live
  WHERE state < 3 AND {LIVE} GROUP BY key
 """
 SELECT_HISTORY = """
-SELECT taken_no, seq, key, pushed_at, taken_at, state
+SELECT taken_no, seq, key, pushed_at, ifnull(taken_at, 0), state
   FROM sqlspace_entries INDEXED BY sqlspace_entries_taken
- WHERE taken_no > ? AND taken_no IS NOT NULL AND key = ? ORDER BY taken_no LIMIT ?
+ WHERE taken_no > ? AND taken_no IS NOT NULL AND state BETWEEN 3 AND 6 AND key = ?
+ ORDER BY taken_no LIMIT ?
 """
 COUNT_HISTORY = """
 SELECT count(*) FROM sqlspace_entries INDEXED BY sqlspace_entries_taken
@@ -281,7 +285,7 @@ def entry(database: Database, key: str, seq: int) -> Entry | None:
     """One live entry."""
     settle(database, key)
     rows = database.read(SELECT_ENTRY, (clock.now(), seq, key))
-    return _entry(rows[0], database.options.path) if rows else None
+    return _entry(rows[0], database) if rows else None
 
 
 def live(database: Database, key: str) -> Iterator[Entry]:
@@ -291,7 +295,7 @@ def live(database: Database, key: str) -> Iterator[Entry]:
     while True:
         batch, last = database.browse(functools.partial(_some, key=key, last=last))
         for row in batch:
-            yield _entry(row, database.options.path)
+            yield _entry(row, database)
         if not last:
             return
 
@@ -303,7 +307,10 @@ def keys(database: Database) -> list[str]:
     def step(connection: Connection) -> list[str]:
         found: list[str] = []
         last: Any = b""
-        while (last := connection.execute(SELECT_NEXT_KEY, (last,)).get) is not None:
+        while (following := connection.execute(SELECT_NEXT_KEY, (last,)).get) is not None:
+            if following <= last:  # as SQLite has it, what is no TEXT stands behind all that is
+                raise disagreement()
+            last = following
             key = nameable(last)
             if key is not None and _holds_any(connection, key, clock.now()):
                 found.append(key)
@@ -318,7 +325,9 @@ def history(database: Database, key: str) -> Iterator[Tombstone]:
     while True:
         batch = database.read(SELECT_HISTORY, (last, key, _BATCH_ROWS))
         for _, seq, name, pushed_at, taken_at, state in batch:
-            yield Tombstone(seq, name, pushed_at / 1e6, taken_at / 1e6, _OUTCOMES[state])
+            with _of_right_types(database):
+                times = pushed_at / 1e6, taken_at / 1e6
+            yield Tombstone(seq, name, *times, _OUTCOMES[state])
         if len(batch) < _BATCH_ROWS:
             return
         last = batch[-1][0]
@@ -337,7 +346,11 @@ def stats(database: Database) -> Stats:
         )
 
     rows, free_pages, page_bytes = database.browse(step)
-    found = {row[0].decode(errors="backslashreplace"): row[1:] for row in rows}
+    with _of_right_types(database):
+        found = {
+            str(row[0], "utf-8", "backslashreplace"): (*row[1:4], operator.index(row[4]), row[5])
+            for row in rows
+        }
     for dead in [key for key in found if key.endswith(DEAD)]:
         found.setdefault(dead.removesuffix(DEAD), (0, 0, 0, now, 0))
     file_bytes, wal_bytes = database.sizes()
@@ -403,6 +416,16 @@ def _some_inside(connection: Connection, key: str, last: int) -> tuple[list[Any]
     return batch, last if number == _BATCH_ROWS else 0
 
 
+@contextlib.contextmanager
+def _of_right_types(database: Database) -> Iterator[None]:
+    """What STRICT doesn't let into a table can only be damage."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        path = database.options.path
+        raise CorruptError(f"{path}: a row holds values of wrong types: {error}") from error
+
+
 def _headers(text: bytes | None) -> dict[str, str]:
     """Those of an entry; ValueError if somebody else's SQL made them what they shouldn't be."""
     if text is None:
@@ -416,24 +439,25 @@ def _headers(text: bytes | None) -> dict[str, str]:
     return found
 
 
-def _entry(row: Any, path: str) -> Entry:
+def _entry(row: Any, database: Database) -> Entry:
     seq, key, payload, headers, state, pushed_at, due_at, expires_at, deadline, attempts = row
     try:
         named = _headers(headers)
     except ValueError as error:
         raise CorruptError(
-            f"{path}: the headers of entry {seq} of {key!a} aren't a JSON object of strings; it "
-            "stays where it is"
+            f"{database.options.path}: the headers of entry {seq} of {key!a} aren't a JSON object "
+            "of strings; it stays where it is"
         ) from error
-    return Entry(
-        seq=seq,
-        key=key,
-        payload=payload,
-        headers=named,
-        state=_STATES[state],
-        pushed_at=pushed_at / 1e6,
-        due_at=None if due_at is None else due_at / 1e6,
-        expires_at=None if expires_at is None else expires_at / 1e6,
-        deadline=None if deadline is None else deadline / 1e6,
-        attempts=attempts,
-    )
+    with _of_right_types(database):
+        return Entry(
+            seq=seq,
+            key=key,
+            payload=payload,
+            headers=named,
+            state=_STATES[state],
+            pushed_at=pushed_at / 1e6,
+            due_at=None if due_at is None else due_at / 1e6,
+            expires_at=None if expires_at is None else expires_at / 1e6,
+            deadline=None if deadline is None else deadline / 1e6,
+            attempts=operator.index(attempts),
+        )

@@ -28,7 +28,9 @@ from .mounts import is_mount_point, network_file_system
 __all__ = [
     "Connection",
     "Options",
+    "change_each",
     "connect",
+    "disagreement",
     "has_moved",
     "holds_lock",
     "nested",
@@ -146,6 +148,7 @@ def open_verified(options: Options) -> Connection:
             _create(path, options.mode)
     elif found in (schema.EMPTY, schema.FOREIGN):
         raise StoreError(f"{path}: there is no store in it")
+    at_rest = not os.path.exists(path + "-wal")
     connection = connect(options, flags)
     try:
         mode = _patiently(deadline, lambda: connection.pragma("journal_mode", "wal"))
@@ -153,10 +156,17 @@ def open_verified(options: Options) -> Connection:
             raise StoreError(f"{path}: SQLite can't keep a -wal here (journal mode {mode})")
         _patiently(deadline, lambda: schema.migrate(connection, embed=options.embed))
     except BaseException:
-        connection.close()  # without a checkpoint: see _connect
+        # Without a checkpoint. But to read made a -wal, in which there is nothing to move: it goes.
+        if at_rest and _is_empty(path + "-wal"):
+            connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 0)
+        connection.close()
         raise
     connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 0)
     return connection
+
+
+def _is_empty(path: str) -> bool:
+    return os.path.exists(path) and os.stat(path).st_size == 0
 
 
 def connect(options: Options, flags: int) -> Connection:
@@ -355,6 +365,24 @@ def run(done: list[Any], connection: Connection, sql: str, arguments: Sequence[A
     steps, 704 of 704 interrupted pulls lost their entry.
     """
     done.extend(map(connection.execute, (sql,), (arguments,)))
+
+
+def change_each(connection: Connection, sql: str, rows: Sequence[Sequence[Any]]) -> None:
+    """Run a statement that changes one row of the table for each of `rows`.
+
+    Raises:
+        apsw.CorruptError: It has not. What a damaged index tells of isn't there, and would be told
+            again for ever.
+    """
+    before = connection.total_changes()
+    connection.executemany(sql, rows)
+    if connection.total_changes() - before != len(rows):
+        raise disagreement()
+
+
+def disagreement() -> apsw.CorruptError:
+    """What to raise when the table doesn't hold what an index tells of."""
+    return apsw.CorruptError("an index and its table disagree")
 
 
 def nested(connection: Connection, step: Callable[[Connection], T]) -> T:

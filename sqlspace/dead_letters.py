@@ -11,7 +11,7 @@ from typing import Any
 
 from . import upkeep
 from .arguments import check_key, nameable
-from .connection import Connection
+from .connection import Connection, disagreement
 from .doorbell import room_token
 from .rules import DIED_FIRST, LAST, LAST_LEASE, OVER, UNEXPIRED, dead_key
 
@@ -64,8 +64,9 @@ SELECT 1 FROM sqlspace_entries
  WHERE seq = ?2 AND state < 3 AND {UNEXPIRED} AND (until_at IS NULL OR {OVER} AND NOT {LAST})
 """
 SELECT_DYING = """
-SELECT CAST(key AS BLOB), CAST(headers AS BLOB), pushed_at, attempts
-  FROM sqlspace_entries WHERE seq = ?
+SELECT CAST(key AS BLOB), CAST(headers AS BLOB), ifnull(CAST(pushed_at AS INTEGER), 0),
+       attempts
+  FROM sqlspace_entries WHERE seq = ? AND state < 3
 """
 INSERT_MOVED = """
 INSERT INTO sqlspace_entries (key, payload, headers, pushed_at)
@@ -75,7 +76,7 @@ SELECT ?1, payload, ?2, ?3 FROM sqlspace_entries WHERE seq = ?4
 RELEASE = """
 UPDATE sqlspace_entries
    SET state = 0, due_at = NULL, delay = NULL, deadline = NULL, lease = NULL, token = NULL
- WHERE seq = ?
+ WHERE seq = ? AND until_at IS NOT NULL AND state < 3
 """
 
 # The headers of a dead letter that tell where it comes from.
@@ -129,6 +130,8 @@ def bury_unreadable(connection: Connection, seq: int, now: int) -> list[str]:
 def bury_one(connection: Connection, seq: int, now: int, reason: str) -> list[str]:
     """Move one entry; tokens."""
     rows: list[Any] = connection.execute(SELECT_DYING, (seq,)).fetchall()
+    if not rows:
+        raise disagreement()
     blob, headers, pushed_at, attempts = rows[0]
     key = nameable(blob)
     target = None if key is None else dead_key(key)

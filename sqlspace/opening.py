@@ -29,7 +29,7 @@ def options(
     """What the caller wants, checked."""
     if history is not None:
         history = min(check_int(history, "history", 0), 1 << 53)
-    check_int(mode, "mode", 0)
+    mode = check_int(mode, "mode", 0)
     if mode > 0o777 or mode & 0o600 != 0o600:
         raise ValueError(f"mode must let the owner read and write, at most 0o777, not {mode:#o}")
     seconds = check_timeout(busy_timeout, "busy_timeout")
@@ -39,7 +39,7 @@ def options(
         if not isinstance(vfs, str):
             raise TypeError(f"vfs must be str or None, not {kind(vfs)}")
         if vfs not in apsw.vfs_names():
-            raise ValueError(f"vfs must name a VFS that is registered, not {vfs!a}")
+            raise ValueError(f"vfs must name a VFS that is registered, not {shown(vfs)}")
     return Options(
         path=check_path(path),
         sync=_check_sync(sync),
@@ -56,7 +56,7 @@ def options(
 
 
 def _check_sync(sync: object) -> bool | Literal["group"]:
-    if isinstance(sync, bool):
+    if sync is True or sync is False:
         return sync
     if not isinstance(sync, str):
         raise TypeError(f"sync must be True, False or 'group', not {kind(sync)}")
@@ -72,14 +72,15 @@ def check_path(path: object) -> str:
     text = os.fspath(path)
     if not isinstance(text, str):
         raise TypeError(f"path must be a path of str, not of {kind(text)}")
+    text = str.__str__(text)  # a subclass may say that it is another
     if text in ("", ":memory:"):
         raise ValueError(f"path must name a file, not {text!r}; in memory there is sqlspace.Local")
     if "\0" in text:
-        raise ValueError(f"path must not hold a NUL character: {text!a}")
+        raise ValueError(f"path must not hold a NUL character: {shown(text)}")
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"path holds a lone surrogate: {text!a}") from None
+        raise ValueError(f"path holds a lone surrogate: {shown(text)}") from None
     try:
         return os.path.realpath(text)
     except OSError as error:

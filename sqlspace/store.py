@@ -406,7 +406,7 @@ class Store:
             LeaseError: One of them is settled, or its lease is lost; nothing changed.
             ClosedError, StoreError: as `Delivery.ack`.
         """
-        if isinstance(deliveries, Delivery) or not isinstance(deliveries, Iterable):
+        if isinstance(deliveries, Delivery | memoryview) or not isinstance(deliveries, Iterable):
             wanted = "an iterable of sqlspace.Delivery"
             raise TypeError(f"deliveries must be {wanted}, not {kind(deliveries)}")
         delivery.ack_many(self, self._database, list(deliveries))

@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 
 from . import ageing, browsing, clock, entries, upkeep
 from .committer import Operation
-from .connection import Connection
+from .connection import Connection, disagreement
 from .database import Database
 from .doorbell import Doorbell, room_token
 from .entries import Grant, Head, Lease
@@ -35,6 +35,9 @@ __all__ = [
 ]
 
 log = logging.getLogger("sqlspace")
+
+# Nobody is slower than others so often in a row: what is found again then can't be taken at all.
+_TRIES = 1000
 
 
 class Grab(Operation):
@@ -146,7 +149,7 @@ class Grab(Operation):
         """Tokens of what was caught up with; None if that needs a transaction first."""
         tokens: list[str] = []
         caught: list[str] = []
-        while True:
+        for _ in range(_TRIES):
             if self._due is not None:
                 if not self.whole:
                     self.whole = True
@@ -163,6 +166,7 @@ class Grab(Operation):
                 self._now = clock.now()
             if not self._find(connection, self._now, caught):
                 return tokens
+        raise disagreement()
 
     def _mark(self, connection: Connection) -> None:
         """Take the head, if it still is one."""

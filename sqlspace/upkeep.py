@@ -9,7 +9,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from .connection import Connection
+from .connection import Connection, change_each
 from .database import Database
 from .errors import FullError
 from .records import Compaction
@@ -27,7 +27,9 @@ DELETE_ONE = """
 DELETE FROM sqlspace_entries
  WHERE seq = ? AND key = ? AND state < 3 AND seq < (SELECT max(seq) FROM sqlspace_entries)
 """
-SELECT_TOP = "SELECT seq, key, state FROM sqlspace_entries ORDER BY seq DESC LIMIT 1"
+SELECT_TOP = """
+SELECT seq, CAST(key AS BLOB), state >= 3 FROM sqlspace_entries ORDER BY seq DESC LIMIT 1
+"""
 # What stays of the row with the highest seq.
 BARE = """
 UPDATE sqlspace_entries
@@ -40,26 +42,27 @@ UPDATE sqlspace_entries
 ENTOMB = """
 UPDATE sqlspace_entries
    SET state = ?, payload = NULL, headers = NULL, due_at = NULL, delay = NULL, deadline = NULL,
-       lease = NULL, taken_at = ?, taken_no = ?
- WHERE seq = ?
+       lease = NULL, taken_at = ?, taken_no = ? + ?
+ WHERE seq = ? AND state < 3
 """
 SELECT_LAST_TAKEN = """
 SELECT ifnull(max(taken_no), 0) FROM sqlspace_entries INDEXED BY sqlspace_entries_taken
  WHERE taken_no IS NOT NULL
 """
-# A bare row below the highest is needed no more.
+# A bare row below the highest is needed no more. Here and below, what somebody else's SQL gave a
+# number of a taking is no tombstone for that.
 DELETE_BARE = """
 DELETE FROM sqlspace_entries
  WHERE seq IN (SELECT seq FROM sqlspace_entries INDEXED BY sqlspace_entries_taken
                 WHERE taken_no = 0 AND taken_no IS NOT NULL)
-   AND seq < (SELECT max(seq) FROM sqlspace_entries)
+   AND seq < (SELECT max(seq) FROM sqlspace_entries) AND state >= 3
 """
 DELETE_TAKEN = """
 DELETE FROM sqlspace_entries WHERE seq IN (
   SELECT seq FROM sqlspace_entries INDEXED BY sqlspace_entries_taken
    WHERE taken_no <= ?1 AND taken_no IS NOT NULL
      AND seq < (SELECT max(seq) FROM sqlspace_entries)
-   ORDER BY taken_no LIMIT ?2)
+   ORDER BY taken_no LIMIT ?2) AND state >= 3
 """
 
 # One seq in so many prunes when it is taken. In between, so many tombstones beyond the history, or
@@ -73,15 +76,15 @@ COMPACT_ROWS = 1000
 def entomb(connection: Connection, seqs: Sequence[int], now: int, state: int = 3) -> None:
     """Turn entries into tombstones, in this order."""
     last: Any = connection.execute(SELECT_LAST_TAKEN).get
-    rows = [(state, now, last + number, seq) for number, seq in enumerate(seqs, 1)]
-    connection.executemany(ENTOMB, rows)
+    rows = [(state, now, last, number, seq) for number, seq in enumerate(seqs, 1)]
+    change_each(connection, ENTOMB, rows)
 
 
 def erase_key(connection: Connection, key: str) -> None:
     """Delete the live entries of `key`, in the caller's transaction; they leave no tombstone."""
     connection.execute(DELETE_KEY, (key,))
     top: list[Any] = connection.execute(SELECT_TOP).fetchall()
-    if top and top[0][1] == key and top[0][2] < 3:
+    if top and top[0][1] == key.encode() and not top[0][2]:
         connection.execute(BARE, (top[0][0],))
     connection.execute(DELETE_BARE)
 
@@ -92,7 +95,7 @@ def erase(connection: Connection, key: str, seq: int) -> bool:
     if connection.changes():
         return True
     top: list[Any] = connection.execute(SELECT_TOP).fetchall()
-    if not top or top[0][:2] != (seq, key) or top[0][2] >= 3:
+    if not top or top[0][:2] != (seq, key.encode()) or top[0][2]:
         return False
     connection.execute(BARE, (seq,))
     connection.execute(DELETE_BARE)
@@ -109,7 +112,7 @@ def prune(connection: Connection, keep: int | None, rows: int = PRUNE_ROWS) -> N
     """
     if keep is not None:
         last: Any = connection.execute(SELECT_LAST_TAKEN).get
-        connection.execute(DELETE_TAKEN, (last - keep, rows))
+        connection.execute(DELETE_TAKEN, (max(last - keep, -1), rows))
 
 
 def compact(database: Database) -> Compaction:
@@ -125,7 +128,7 @@ def compact(database: Database) -> Compaction:
 
     def top(connection: Connection) -> Iterable[str]:
         found: list[Any] = connection.execute(SELECT_TOP).fetchall()
-        if found and found[0][2] >= 3:
+        if found and found[0][2]:
             connection.execute(BARE, (found[0][0],))
         return ()
 

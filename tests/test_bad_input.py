@@ -809,3 +809,63 @@ def test_a_backup_goes_to_a_new_file_and_to_nothing_else(kept, tmp_path, kind):
     assert picture(kept) == before
     assert (tmp_path / "file").read_bytes() == b"precious"
     assert not (tmp_path / "no").exists()
+
+
+# -- what lies
+
+
+class Five(int):
+    """Says that it is another."""
+
+    def __lt__(self, _):
+        return False
+
+    def __int__(self):
+        return -5
+
+
+def test_what_a_subclass_says_of_itself_counts_for_nothing(kept):
+    """A number, a path and a dict are taken for what they are."""
+
+    class Other(dict):
+        def items(self):
+            return [("a", 1)]
+
+    class Path(str):
+        __slots__ = ()
+
+        def __contains__(self, _):
+            return False
+
+    kept.push_many("a", [b"%d" % number for number in range(9)])
+    assert len(kept.pull_many("a", Five(5))) == 5
+    with pytest.raises(ValueError, match="limit must be at least 1, not -5"):
+        kept.pull_many("a", Five(-5))
+    seq = kept.push("b", b"x", headers=Other(name="value"))
+    assert kept.get("b", seq).headers == {"name": "value"}
+    with pytest.raises(ValueError, match="path must not hold a NUL"):
+        sqlspace.open(Path("a\0b"))
+
+
+def test_what_cannot_be_iterated_is_refused_by_its_name(kept):
+    """A memoryview says that it can be, and then raises NotImplementedError."""
+    view = memoryview(b"abcdef").cast("B", (2, 3))
+    for call, argument in (
+        (kept.pull_any, "keys"),
+        (kept.claimp, "key_or_keys"),
+        (kept.ack_many, "deliveries"),
+    ):
+        with pytest.raises(TypeError, match=f"{argument} must be .*, not memoryview"):
+            call(view)
+
+
+def test_a_path_is_never_shown_in_full_if_it_is_a_flood():
+    """Nor is the name of a VFS."""
+    for options in (
+        {"path": "\0" * 9999},
+        {"path": "\ud800" * 9999},
+        {"path": "a", "vfs": "b" * 9999},
+    ):
+        with pytest.raises(ValueError, match="…") as caught:
+            sqlspace.open(**options)
+        assert len(str(caught.value)) < 200

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 
+import apsw
 import pytest
 from click.testing import CliRunner
 
@@ -1404,3 +1405,24 @@ def test_the_core_imports_neither_click_nor_rich():
     argv = [sys.executable, "-c", program]
     done = subprocess.run(argv, capture_output=True, check=True, timeout=SECONDS)
     assert done.stdout == b"[]\n"
+
+
+def test_peek_takes_a_limit_of_any_size(cli, path):
+    """As pull does."""
+    with sqlspace.open(path) as store:
+        store.push_many("mail", [b"1", b"2"])
+    assert cli("peek", path, "mail", "--limit", 1 << 64) == (0, b"1\n2\n", "")
+
+
+@pytest.mark.parametrize("micros", [(1 << 62) - 1, -(1 << 62)])
+def test_a_time_that_no_calendar_has_is_told_in_seconds(cli, path, micros):
+    """Somebody's SQL may have written it; it was taken for misuse."""
+    with sqlspace.open(path) as store:
+        store.push("mail", b"x")
+        store.pull("mail")
+        database = apsw.Connection(path)
+        database.execute("UPDATE sqlspace_entries SET pushed_at = ?", (micros,))
+        database.close()
+    code, told, _ = cli("history", path, "mail")
+    assert code == 0
+    assert told.split(b"\t")[2] == f"{micros / 1e6:.6f}".encode()

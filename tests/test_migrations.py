@@ -7,6 +7,7 @@ import collections
 import fcntl
 import itertools
 import os
+import pathlib
 import time
 
 import apsw
@@ -317,3 +318,23 @@ def test_a_migration_that_fails_leaves_the_file_at_the_version_it_had(path, vers
     monkeypatch.undo()
     assert objects_of(path) == before
     ensure_all_there(path)
+
+
+def test_a_damaged_file_that_must_be_migrated_is_refused_untouched(path):
+    """The migration reads what no other open looks at; the -wal that it makes goes again."""
+    database = apsw.Connection(path)
+    database.pragma("journal_mode", "wal")
+    first = schema.migrations()[0]
+    database.execute(first.sql)
+    database.execute(schema.INSERT_VERSION, (1, first.name, "0" * 32, 3))
+    root = database.execute(
+        "SELECT rootpage FROM sqlite_schema WHERE name = 'sqlspace_entries_due'"
+    ).get
+    database.close()
+    whole = bytearray(pathlib.Path(path).read_bytes())
+    whole[(root - 1) * 4096 : root * 4096] = bytes(4096)
+    pathlib.Path(path).write_bytes(whole)
+    with pytest.raises(sqlspace.CorruptError):
+        sqlspace.open(path)
+    assert os.listdir(os.path.dirname(path)) == ["queue.db"]
+    assert pathlib.Path(path).read_bytes() == whole

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import sys
 from typing import Any
 
 import click
@@ -41,7 +42,7 @@ def peek(*, store: Store, key: str, limit: int | None, as_json: bool) -> None:
         return
     found = False
     ready = (entry for entry in store.entries(key) if entry.state == "ready")
-    for entry in itertools.islice(ready, limit or 1):
+    for entry in itertools.islice(ready, min(limit or 1, sys.maxsize)):
         found = True
         if as_json:
             terminal.write_entry(entry)

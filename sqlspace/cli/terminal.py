@@ -357,5 +357,8 @@ def age(seconds: float) -> str:
 
 
 def moment(seconds: float) -> str:
-    """Unix seconds as a date and time in UTC."""
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="microseconds")
+    """Unix seconds as a date and time in UTC; as they are, if no calendar has them."""
+    try:
+        return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="microseconds")
+    except (ValueError, OverflowError):
+        return f"{seconds:.6f}"
