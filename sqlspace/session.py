@@ -9,6 +9,7 @@ import time
 
 import apsw
 
+from . import forks
 from .connection import Connection, Options, connect, has_moved, open_verified
 from .doorbell import Doorbell, Stirring
 from .errors import MovedError
@@ -112,6 +113,8 @@ class Session:
         """In a forked child: let go all that is the parent's, and leave no trace in the file."""
         self.turnstile.close()
         self.marks.close()
+        if self.connection.in_transaction:
+            forks.detach(self.connection)
         for connection in (self.reader, self.connection):
             if connection is not None:
                 connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
