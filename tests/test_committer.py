@@ -918,6 +918,51 @@ def test_a_handler_may_fork_anywhere(store, monkeypatch, verb, role):
             return
 
 
+FORKED_IN_SQLITE = """
+from sqlspace import session
+
+store = sqlspace.open(argv[0], sync=False)
+import apsw
+other = apsw.Connection(argv[0])
+other.execute("BEGIN IMMEDIATE")
+parent, pids = os.getpid(), []
+
+def fork(*_):
+    pids.append(os.fork())
+    if pids[0]:
+        pids.append(os.waitpid(pids[0], 0)[1])
+        other.execute("ROLLBACK")
+
+signal.signal(signal.SIGALRM, fork)
+whole = session._Patience.__call__
+
+def wait(patience, calls):
+    if calls == 1:
+        signal.raise_signal(signal.SIGALRM)
+    return whole(patience, calls)
+
+session._Patience.__call__ = wait
+if argv[1] == "push":
+    store.push("k", b"x")
+else:
+    with store.transaction() as together:
+        together.push("k", b"x")
+if os.getpid() != parent:
+    tell("the child went on")
+    os._exit(1)
+tell(os.waitstatus_to_exitcode(pids[1]) == os.EX_SOFTWARE, store.len("k"))
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("verb", ["push", "transaction"])
+def test_a_child_that_is_forked_while_sqlite_waits_does_nothing_and_ends(path, child, verb):
+    """It can't go back into a call of SQLite that is its parent's: it pushed, too, and hung."""
+    process = child(FORKED_IN_SQLITE, path, verb)
+    process.expect("True 1")
+    assert "this child ends" in process.errors()
+
+
 def test_a_fork_while_others_are_queued_leaves_the_child_a_store_of_its_own(path, child):
     """None of them is in the child; in the parent they go on."""
     process = child(FORKED, path)
