@@ -45,6 +45,7 @@ __all__ = [
     "Seizure",
     "Step",
     "Work",
+    "is_interrupt",
     "together",
 ]
 
@@ -154,6 +155,16 @@ class BrokenError(Exception):
         self.error = error
 
 
+def is_interrupt(error: Exception) -> bool:
+    """Whether a signal's handler raised it, an alarm's TimeoutError: then it ends its own call.
+
+    Handlers run in the main thread. What is raised there, and is neither ours nor SQLite's, is
+    theirs.
+    """
+    ours = isinstance(error, apsw.Error | SpaceError | BrokenError)
+    return not ours and threading.get_ident() == threading.main_thread().ident
+
+
 def together(connection: Connection, operations: Iterable[Operation]) -> None:
     """Carry them out in the caller's transaction, each by itself: a refusal is that one's alone.
 
@@ -166,7 +177,10 @@ def together(connection: Connection, operations: Iterable[Operation]) -> None:
                 operation.tokens = _within(connection, operation)
                 operation.done.append(None)
         except Exception as error:
-            if isinstance(error, apsw.IOError) or not connection.in_transaction:
+            if is_interrupt(error):
+                raise
+            stands = operation.done and not operation.whole
+            if stands or isinstance(error, apsw.IOError) or not connection.in_transaction:
                 raise BrokenError(operation, error) from error
             operation.retract()
             operation.error = error
@@ -245,7 +259,7 @@ class Committer:
         except BaseException as error:
             try:
                 interrupt = surely(lambda: self._settle(operation, thread))
-            except (KeyboardInterrupt, SystemExit):  # on the way into it or out of it
+            except BaseException:  # on the way into it or out of it
                 surely(lambda: self._settle(operation, thread))
                 raise
             if interrupt is not None and isinstance(error, Exception):
@@ -342,7 +356,7 @@ class Committer:
         except BaseException as error:
             try:
                 interrupt = surely(lambda: self._give_up(seizure, held))
-            except (KeyboardInterrupt, SystemExit):  # on the way into it or out of it
+            except BaseException:  # on the way into it or out of it
                 surely(lambda: self._give_up(seizure, held))
                 raise
             if interrupt is not None and isinstance(error, Exception):

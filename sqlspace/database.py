@@ -28,6 +28,7 @@ from .committer import (
     Seizure,
     Step,
     Work,
+    is_interrupt,
     together,
 )
 from .connection import (
@@ -214,7 +215,11 @@ class Database:
             session.bell.ring_all(tokens, operation.besides)
             operation.finished = True
         except BaseException as error:
-            self._take_back(session, error, operation)
+            try:
+                self._take_back(session, error, operation)
+            except BaseException:  # on the way into it or out of it
+                self._take_back(session, error, operation)
+                raise
             if isinstance(error, apsw.Error):
                 raise self._explained(session, error) from error
             raise
@@ -238,15 +243,17 @@ class Database:
             together(connection, self._committer.carried)
             self._tidy_together(connection)
             run(committed, connection, "COMMIT", ())
-        except Exception as error:  # noqa: BLE001  # told to each of them below
-            failed.append(error)
+        except Exception as error:
+            if is_interrupt(error):
+                raise
+            failed.append(error)  # told to each of them below
         finally:
             try:
                 try:
                     conclude()
-                except (KeyboardInterrupt, SystemExit) as error:
+                except BaseException as error:  # noqa: BLE001  # raised below
                     interrupt = surely(conclude) or error
-            except (KeyboardInterrupt, SystemExit):  # on the way into it or out of it
+            except BaseException:  # on the way into it or out of it
                 surely(conclude)
                 raise
         if interrupt is not None:
@@ -280,7 +287,11 @@ class Database:
         except BaseException:
             # An open transaction would be taken for the caller's own, and nothing be undone.
             if not within:
-                surely(lambda: roll_back(connection))
+                try:
+                    surely(lambda: roll_back(connection))
+                except BaseException:  # on the way into it or out of it
+                    surely(lambda: roll_back(connection))
+                    raise
             raise
         return tokens
 
@@ -516,7 +527,7 @@ class Database:
         finally:
             try:
                 surely(lambda: self.end(held))
-            except (KeyboardInterrupt, SystemExit):  # on the way into it or out of it
+            except BaseException:  # on the way into it or out of it
                 surely(lambda: self.end(held))
                 raise
 
@@ -718,7 +729,9 @@ class Database:
             BaseException: An interrupt that came meanwhile, which nothing else tells of.
         """
         connection = session.connection
-        stands = not connection.in_transaction and not isinstance(error, apsw.Error)
+        # What is noted of a single statement SQLite has committed with it.
+        single = operation is not None and not operation.whole
+        stands = not connection.in_transaction and (single or not isinstance(error, apsw.Error))
         carried = [] if operation is None or isinstance(error, UndecidedError) else [operation]
 
         def step() -> None:

@@ -15,7 +15,7 @@ from .arguments import check_key, check_payload
 from .connection import Connection
 from .database import Database
 from .entries import Head
-from .errors import DecodeError
+from .errors import DecodeError, SpaceError
 from .pushing import Push, push
 from .space import Context
 from .waiting import Waiter
@@ -37,7 +37,7 @@ def loads_json(payload: bytes) -> Any:
     return json.loads(payload.decode())
 
 
-class _UnreadableError(Exception):
+class _UnreadableError(SpaceError):
     """The codec's own error is its cause."""
 
     def __init__(self, head: Head) -> None:
@@ -137,6 +137,8 @@ class DurableSpace:
         try:
             return self._loads(payload)
         except Exception as error:
+            if self._is_readable(payload):
+                raise
             raise self._unreadable(key, seq, payload, "it stays") from error
 
     def len(self, key: str) -> int:
@@ -168,9 +170,19 @@ class DurableSpace:
             try:
                 values[:] = [self._loads(head.payload)]
             except Exception as error:
+                if self._is_readable(head.payload):
+                    raise
                 raise _UnreadableError(head) from error
 
         return accept
+
+    def _is_readable(self, payload: bytes) -> bool:
+        """Whether what was raised was no verdict over the entry, but an alarm's TimeoutError."""
+        try:
+            self._loads(payload)
+        except Exception:  # noqa: BLE001  # raised the first time
+            return False
+        return True
 
     def _bury(self, head: Head) -> DecodeError:
         """Move what can't be read to the dead letters, if it still is there; the error to raise."""

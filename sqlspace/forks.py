@@ -5,21 +5,28 @@ outside of SQLite, while its process forks, and the child closes all that it has
 opens anything: then SQLite forgets the table.
 """
 
+import itertools
+import mmap
 import os
 import threading
 import weakref
 from typing import Protocol
 
+import apsw
+
 from . import doorbell, identity
 
-__all__ = ["Forking", "databases", "opening"]
+__all__ = ["Forking", "databases", "detach", "opening"]
+
+# From sqlite3.h
+_SHM_REGION_BYTES = 32_768
+_XSHMMAP = 13  # its place in a sqlite3_io_methods
+
+_MAP_FIXED = 0x10  # from <sys/mman.h>
 
 
 class Forking(Protocol):
     """What a fork needs of a database."""
-
-    inside: bool
-    """Whether the thread that forks is in the middle of a call."""
 
     def before_fork(self) -> None:
         """Stand still."""
@@ -34,10 +41,6 @@ class Forking(Protocol):
 opening = threading.Lock()
 databases: weakref.WeakSet[Forking] = weakref.WeakSet()
 _at_rest: list[Forking] = []
-# To roll back what was open at the fork, SQLite in the child clears from the -shm what it takes for
-# its own frames. If the parent committed meanwhile these were the parent's: of 12 such forks one
-# lost it entries. So the parent waits until the child has let go: this pipe's other end is closed.
-_letting_go: list[int] = []
 
 
 def _before_fork() -> None:
@@ -48,17 +51,11 @@ def _before_fork() -> None:
             _at_rest.append(database)
         opening.acquire()
         if set(databases) <= set(_at_rest):
-            if any(database.inside for database in _at_rest):
-                _letting_go.extend(os.pipe())
             return
         opening.release()
 
 
 def _after_fork_in_parent() -> None:
-    if _letting_go:
-        os.close(_letting_go.pop())
-        os.read(_letting_go[0], 1)
-        os.close(_letting_go.pop())
     while _at_rest:
         _at_rest.pop().after_fork_in_parent()
     opening.release()
@@ -71,8 +68,39 @@ def _after_fork_in_child() -> None:
     identity.forget()
     while _at_rest:
         _at_rest.pop().after_fork_in_child()
-    while _letting_go:
-        os.close(_letting_go.pop())
+
+
+def detach(connection: apsw.Connection) -> None:
+    """In a forked child: have what SQLite writes into the -shm from now on be the child's alone.
+
+    To roll back what was open at the fork, SQLite clears from it what it takes for its own frames.
+    They are the parent's: a transaction that had outgrown the page cache ended in "malformed", and
+    of 12 that the parent committed meanwhile one was lost. To have the parent wait until the child
+    had let go helped the latter only.
+    """
+    import ctypes  # noqa: PLC0415  # in such a child only
+
+    file = ctypes.c_void_p()
+    connection.file_control("main", apsw.SQLITE_FCNTL_FILE_POINTER, ctypes.addressof(file))
+    methods = ctypes.cast(file, ctypes.POINTER(ctypes.POINTER(ctypes.c_void_p))).contents
+    if ctypes.cast(methods, ctypes.POINTER(ctypes.c_int))[0] < 2 or not methods[_XSHMMAP]:
+        return  # this vfs has none
+    integers = (ctypes.c_int,) * 3
+    kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, *integers, ctypes.c_void_p)
+    shm_map = kind(methods[_XSHMMAP])
+    remap = ctypes.CDLL(None).mmap
+    remap.restype = ctypes.c_void_p
+    remap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *integers, ctypes.c_long)
+    length = max(_SHM_REGION_BYTES, mmap.PAGESIZE)
+    region = ctypes.c_void_p()
+    for number in itertools.count(0, length // _SHM_REGION_BYTES):
+        shm_map(file, number, _SHM_REGION_BYTES, 0, ctypes.addressof(region))
+        if not region.value:
+            return
+        content = ctypes.string_at(region.value, length)
+        rights, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        if remap(region, length, rights, flags | _MAP_FIXED, -1, 0) == region.value:
+            ctypes.memmove(region, content, length)
 
 
 os.register_at_fork(

@@ -335,7 +335,7 @@ class Local:
                 taken = [value, key, number, expires]
                 try:
                     surely(partial(self._give_back, taken))
-                except (KeyboardInterrupt, SystemExit):  # on the way into it
+                except BaseException:  # noqa: BLE001  # on the way into it
                     surely(partial(self._give_back, taken))
             raise
         return value

@@ -9,6 +9,7 @@ import time
 
 import apsw
 
+from . import forks
 from .connection import Connection, Options, connect, has_moved, open_verified
 from .doorbell import Doorbell, Stirring
 from .errors import MovedError
@@ -28,6 +29,7 @@ class _Patience:
     """SQLite's busy handler: a writer that knows no turnstile is inside. In Python, for Ctrl-C."""
 
     deadline = 0.0  # of the call under way, on the monotonic clock
+    forked = False  # by a signal's handler, in here
 
     def __call__(self, calls: int) -> bool:
         left = self.deadline - time.monotonic()
@@ -35,6 +37,11 @@ class _Patience:
             return False
         if calls:  # the first time it may be over already
             time.sleep(min(left, 0.0005 * min(calls, 20)))
+        if self.forked:
+            # SQLite's mutex is the parent's thread's: the child would push what the parent pushes,
+            # and then wait for that mutex for ever.
+            os.write(2, b"sqlspace: forked while SQLite waited for its lock; this child ends\n")
+            os._exit(os.EX_SOFTWARE)
         return True
 
 
@@ -112,6 +119,12 @@ class Session:
         """In a forked child: let go all that is the parent's, and leave no trace in the file."""
         self.turnstile.close()
         self.marks.close()
+        try:
+            if self.connection.in_transaction:
+                forks.detach(self.connection)
+        except apsw.ThreadingViolationError:  # it is in the middle of a statement
+            self.patience.forked = True
+            return
         for connection in (self.reader, self.connection):
             if connection is not None:
                 connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)

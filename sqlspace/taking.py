@@ -47,7 +47,8 @@ class Grab(Operation):
         database: Where.
         keys: In the order of preference.
         waiter: The caller's own, if it waits.
-        accept: Called with the head before it is taken; what it raises ends the attempt.
+        accept: Called with the head before it is taken; a SpaceError that it raises ends the
+            attempt.
     """
 
     head: Head
@@ -111,7 +112,7 @@ class Grab(Operation):
         """Whether the caller wants it."""
         try:
             accept(head)
-        except Exception as error:  # noqa: BLE001  # raised where the attempt was made
+        except SpaceError as error:  # raised where the attempt was made
             self.refusal = error
             return False
         return True

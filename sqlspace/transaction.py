@@ -97,7 +97,7 @@ class Transaction:
         self._over = True
         try:
             interrupt = surely(lambda: self._database.end(self._held))
-        except (KeyboardInterrupt, SystemExit):  # on the way into it or out of it
+        except BaseException:  # on the way into it or out of it
             surely(lambda: self._database.end(self._held))
             raise
         self._left.close()

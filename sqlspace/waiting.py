@@ -22,7 +22,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from .arguments import check_timeout
-from .errors import CanceledError, DeadlineError
+from .errors import CanceledError, DeadlineError, SpaceError
 from .space import Context, check_context
 
 __all__ = ["MISSING", "Waiter", "nearer_end", "surely", "wait"]
@@ -32,6 +32,9 @@ MISSING: Final[Any] = object()
 # Parked threads look again this often, so that a lost wake-up (a process killed between its commit
 # and its ring) is a delay and never a hang. Idle threads cost nothing measurable at this rate.
 LOOK_AGAIN_SECONDS = 5.0
+
+# A step that raises so often, raises by itself: no signals strike so fast.
+_FAILURES = 100
 
 
 class Waiter:
@@ -64,17 +67,29 @@ class Waiter:
 
 
 def surely(step: Callable[[], None]) -> BaseException | None:
-    """Run an idempotent step to its end, however often Ctrl-C cuts it off.
+    """Run an idempotent step to its end, however often a signal's handler cuts it off.
+
+    By whatever it raises: Ctrl-C, SystemExit, an alarm's TimeoutError. Only what tells that the
+    step itself has failed comes through: an error of this package, or any `Exception` again and
+    again.
 
     Returns:
-        The last interrupt that did, which the caller raises unless one is on its way already.
+        The last interrupt that cut it off, which the caller raises unless one is on its way.
     """
-    interrupt = None
+    interrupt: BaseException | None = None
+    failures = 0
     while True:
         try:
             step()
             return interrupt
-        except (KeyboardInterrupt, SystemExit) as error:  # the latter from a handler of SIGTERM
+        except SpaceError:
+            raise
+        except Exception as error:
+            failures += 1
+            if failures == _FAILURES:
+                raise
+            interrupt = error
+        except BaseException as error:  # noqa: BLE001  # the caller raises it
             interrupt = error
 
 
@@ -142,7 +157,7 @@ def wait(
 
         try:
             interrupt = surely(end)
-        except (KeyboardInterrupt, SystemExit):  # on the way into it or out of it
+        except BaseException:  # on the way into it or out of it
             surely(end)
             raise
         if interrupt is not None:  # whatever ends this wait, Ctrl-C is not swallowed

@@ -18,7 +18,7 @@ from children import PATIENCE_SECONDS, eventually
 from interrupts import interrupted
 
 import sqlspace
-from sqlspace import committer, database
+from sqlspace import committer, database, taking
 from sqlspace.committer import Committer, Work
 from sqlspace.errors import (
     BusyError,
@@ -31,7 +31,7 @@ from sqlspace.errors import (
     StoreError,
     UndecidedError,
 )
-from sqlspace.waiting import MISSING
+from sqlspace.waiting import MISSING, Waiter
 
 
 @pytest.fixture
@@ -408,6 +408,29 @@ def test_what_is_refused_fails_alone(store, why, place):
     check_at_rest(store)
 
 
+@pytest.mark.parametrize("together", [False, True])
+def test_a_pull_that_fails_behind_its_one_statement_has_taken_nothing(store, monkeypatch, together):
+    """To ask for whom else there is something left may fail, as any read; the entry is back."""
+    store.push("p", b"x")
+    waiter = Waiter()
+
+    def failing(*_):
+        raise apsw.SQLError("a look")
+
+    monkeypatch.setattr(taking.Grab, "_passed_on", failing)
+    grab = taking.Grab(store._database, ["p"], waiter)
+    if together:
+        other, pull = in_one_batch(store, lambda: store.push("k", b"x"), grab.run)
+        assert other.result()
+    else:
+        pull = Call(grab.run)
+    with pytest.raises(StoreError):
+        pull.result()
+    assert payloads(store, "p") == [b"x"]
+    assert list(store.history("p")) == []
+    check_at_rest(store)
+
+
 def test_an_operation_that_breaks_the_transaction_fails_and_the_others_are_done_once(store):
     """SQLite rolls all back on some errors: the others are carried out once more, and only once."""
     runs = []
@@ -688,27 +711,26 @@ def strike_following(store, monkeypatch, call, *steps, deed=None, **options):
     return *found, crowd
 
 
-STRIKES = {"leads": strike_leading, "follows": strike_following}
+def strike_alone(store, monkeypatch, call, *steps, **options):
+    """Interrupt a call beside which there is none."""
+    return *interrupted(call, *steps, **options), Crowd(store)
 
 
-@pytest.mark.parametrize("gap", [None, 9, 23], ids=["once", "twice", "twice, later"])
-@pytest.mark.parametrize("role", STRIKES)
-@pytest.mark.parametrize("verb", INTERRUPTED)
-def test_ctrl_c_anywhere_undoes_the_call_it_strikes_and_no_other(
-    store, monkeypatch, verb, role, gap
-):
-    """Its call did nothing, the others' are done once, nobody hangs, and nothing stays held."""
+STRIKES = {"leads": strike_leading, "follows": strike_following, "alone": strike_alone}
+
+
+def strike_anywhere(store, monkeypatch, verb, role, stride, gap=None, **options):
+    """At every `stride`-th instruction of a call, once or twice: its call did nothing, or all."""
     prepare, strike = INTERRUPTED[verb], STRIKES[role]
     call = prepare(store)
     undone = state(store)
     call()
     done = state(store)
-    stride = 7 if gap is None else 19
     for step in itertools.count(1 + len(verb), stride):
         forget(store)
         call = prepare(store)
         steps = (step,) if gap is None else (step, step + gap)
-        value, struck, crowd = strike(store, monkeypatch, call, *steps)
+        value, struck, crowd = strike(store, monkeypatch, call, *steps, **options)
         crowd.check()
         found = state(store)
         if value is MISSING and verb != "transaction":
@@ -719,6 +741,31 @@ def test_ctrl_c_anywhere_undoes_the_call_it_strikes_and_no_other(
         check_at_rest(store)
         if not struck:
             return
+
+
+@pytest.mark.parametrize("gap", [None, 9, 23], ids=["once", "twice", "twice, later"])
+@pytest.mark.parametrize("role", STRIKES)
+@pytest.mark.parametrize("verb", INTERRUPTED)
+def test_ctrl_c_anywhere_undoes_the_call_it_strikes_and_no_other(
+    store, monkeypatch, verb, role, gap
+):
+    """Its call did nothing, the others' are done once, nobody hangs, and nothing stays held."""
+    strike_anywhere(store, monkeypatch, verb, role, 7 if gap is None else 19, gap)
+
+
+class Expired(BaseException):
+    """As pytest's and gevent's timeouts, which no `except Exception` is to catch."""
+
+
+@pytest.mark.parametrize("gap", [None, 15], ids=["once", "twice"])
+@pytest.mark.parametrize("raises", [TimeoutError, Expired])
+@pytest.mark.parametrize("role", STRIKES)
+@pytest.mark.parametrize("verb", INTERRUPTED)
+def test_whatever_a_signals_handler_raises_undoes_the_call_it_strikes_and_no_other(
+    store, monkeypatch, verb, role, raises, gap
+):
+    """An alarm's TimeoutError is nobody's refusal: it is what Ctrl-C is."""
+    strike_anywhere(store, monkeypatch, verb, role, 17, gap, raises=raises)
 
 
 @contextlib.contextmanager
@@ -869,6 +916,51 @@ def test_a_handler_may_fork_anywhere(store, monkeypatch, verb, role):
         check_at_rest(store)
         if not struck:
             return
+
+
+FORKED_IN_SQLITE = """
+from sqlspace import session
+
+store = sqlspace.open(argv[0], sync=False)
+import apsw
+other = apsw.Connection(argv[0])
+other.execute("BEGIN IMMEDIATE")
+parent, pids = os.getpid(), []
+
+def fork(*_):
+    pids.append(os.fork())
+    if pids[0]:
+        pids.append(os.waitpid(pids[0], 0)[1])
+        other.execute("ROLLBACK")
+
+signal.signal(signal.SIGALRM, fork)
+whole = session._Patience.__call__
+
+def wait(patience, calls):
+    if calls == 1:
+        signal.raise_signal(signal.SIGALRM)
+    return whole(patience, calls)
+
+session._Patience.__call__ = wait
+if argv[1] == "push":
+    store.push("k", b"x")
+else:
+    with store.transaction() as together:
+        together.push("k", b"x")
+if os.getpid() != parent:
+    tell("the child went on")
+    os._exit(1)
+tell(os.waitstatus_to_exitcode(pids[1]) == os.EX_SOFTWARE, store.len("k"))
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("verb", ["push", "transaction"])
+def test_a_child_that_is_forked_while_sqlite_waits_does_nothing_and_ends(path, child, verb):
+    """It can't go back into a call of SQLite that is its parent's: it pushed, too, and hung."""
+    process = child(FORKED_IN_SQLITE, path, verb)
+    process.expect("True 1")
+    assert "this child ends" in process.errors()
 
 
 def test_a_fork_while_others_are_queued_leaves_the_child_a_store_of_its_own(path, child):

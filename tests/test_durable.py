@@ -284,6 +284,24 @@ def test_values_are_decoded_before_they_are_taken(store):
     assert set(ready) == {b"1"}
 
 
+@pytest.mark.parametrize("verb", ["in_", "inp", "rd", "rdp"])
+def test_an_alarm_in_the_middle_of_the_codec_is_no_verdict_over_the_entry(store, verb):
+    """What a signal's handler raises comes through as it is; the entry stays, and can be read."""
+    strikes = [TimeoutError("the alarm")]
+
+    def loads(payload):
+        if strikes:
+            raise strikes.pop()
+        return json.loads(payload)
+
+    store.push("k", b"1")
+    space = store.space(loads=loads)
+    with pytest.raises(TimeoutError, match="the alarm"):
+        getattr(space, verb)("k")
+    assert store.keys() == ["k"]
+    assert space.inp("k") == 1
+
+
 # -- shared
 
 

@@ -742,11 +742,21 @@ TAKES: dict[str, Callable[[Local, Context], Any]] = {
 @pytest.mark.parametrize("take", TAKES.values(), ids=TAKES.keys())
 def test_ctrl_c_anywhere_in_a_take_neither_loses_nor_doubles_an_entry(take, ttl, standing, gaps):
     """A take that is interrupted has taken nothing: its entry is returned, or is in its place."""
+    take_struck(take, ttl, standing, gaps)
+
+
+@pytest.mark.parametrize("take", TAKES.values(), ids=TAKES.keys())
+def test_an_alarm_that_raises_anywhere_in_a_take_does_not_lose_an_entry_either(take):
+    """Whatever a signal's handler raises is what Ctrl-C is."""
+    take_struck(take, None, 3, (20,), raises=TimeoutError)
+
+
+def take_struck(take, ttl, standing, gaps, **options):
     for steps in every_step(*gaps):
         space, context = Local(), Context()
         for number in range(standing):
             space.out("k", number, ttl=ttl)
-        value, goes_on = interrupted(lambda s=space, c=context: take(s, c), *steps)
+        value, goes_on = interrupted(lambda s=space, c=context: take(s, c), *steps, **options)
         left = list(range(0 if value is MISSING else 1, standing))
         assert value in (MISSING, 0)
         assert (space.len("k"), drain(space, "k")) == (len(left), left), f"at {steps}"

@@ -597,6 +597,55 @@ def test_a_child_that_was_forked_inside_can_not_use_the_store_and_the_parent_can
     process.finish()
 
 
+BESIDE_A_FORK = """
+from sqlspace.session import Session
+
+store = sqlspace.open(argv[0], sync=False)
+payloads = [bytes([n % 256]) * 20_000 for n in range(300)]  # more than the page cache holds
+firsts = payloads if argv[1] == "at once" else [b"x"]  # whose commit must not cut the -wal
+waits, go = os.pipe()
+whole = Session.abandon
+
+def abandon(session):
+    os.close(go)
+    os.read(waits, 1)
+    whole(session)
+
+Session.abandon = abandon
+with store.transaction() as together:
+    together.push_many("k", firsts)
+    pid = os.fork()
+    if not pid:
+        os._exit(0)
+    if argv[1] == "at once":
+        os.close(go)
+        os.waitpid(pid, 0)
+    assert together.len("k") == len(firsts)
+    together.push("k", b"last")
+if argv[1] == "in the next":
+    with store.transaction() as together:
+        together.push_many("next", payloads)
+        os.close(go)
+        os.waitpid(pid, 0)
+        assert together.len("next") == 300
+        together.push("next", b"last")
+    assert store.pull_many("next", 400) == [*payloads, b"last"]
+tell(store.pull_many("k", 400) == [*firsts, b"last"])
+store.close()
+"""
+
+
+@pytest.mark.parametrize("lets_go", ["at once", "in the next"])
+def test_a_child_that_was_forked_inside_rolls_nothing_of_its_parents_back(path, child, lets_go):
+    """Neither of the transaction that was open at the fork nor of one that is when it lets go."""
+    process = child(BESIDE_A_FORK, path, lets_go)
+    process.expect("True")
+    process.finish()
+    connection = apsw.Connection(path)
+    assert connection.pragma("integrity_check") == "ok"
+    connection.close()
+
+
 INTERRUPTED = """
 import random
 

@@ -19,6 +19,7 @@ def interrupted(
     paused: Any = (),
     struck: list[int] | None = None,
     deed: Callable[[], None] | None = None,
+    raises: type[BaseException] = KeyboardInterrupt,
 ) -> tuple[Any, bool]:
     """Run a call with Ctrl-C pending from its n-th instruction on, for each n of `steps`.
 
@@ -30,7 +31,8 @@ def interrupted(
         steps: Increasing.
         paused: While it is true, instructions aren't counted.
         struck: Gets the step of each Ctrl-C when it is delivered.
-        deed: What the signal's handler does, instead of raising KeyboardInterrupt.
+        deed: What the signal's handler does, instead of raising.
+        raises: What it raises.
 
     Returns:
         What the call returned, MISSING if nothing; and whether it has so many instructions.
@@ -61,7 +63,7 @@ def interrupted(
             deed()
             return
         sys.settrace(trace)
-        raise KeyboardInterrupt
+        raise raises
 
     before = signal.signal(signal.SIGINT, deliver)
     gc.disable()  # CPython swallows what strikes while it clears cycles
@@ -69,7 +71,7 @@ def interrupted(
         sys.settrace(trace)
         value = call()
         done = True
-    except (CanceledError, DeadlineError, KeyboardInterrupt):
+    except (CanceledError, DeadlineError, raises):
         done = True
     finally:
         sys.settrace(None)
