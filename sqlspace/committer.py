@@ -64,6 +64,9 @@ class Operation:
     Attributes:
         whole: Whether it takes several statements, so that it needs a transaction for itself.
         besides: The caller's own waiter, which needs no ring.
+        adds: How many bytes it pushes, for which there must be room besides the reserve. None: it
+            takes, and may use the reserve.
+        largest: Bytes of the largest entry of these.
         done: Not empty while something of it stands that `undo` would take back. It is filled in
             the C call that makes it stand, so that no Ctrl-C comes in between.
         tokens: To ring for.
@@ -74,6 +77,8 @@ class Operation:
     """
 
     whole = False
+    adds: int | None = None
+    largest = 0
     besides: Waiter | None = None
     tokens: Iterable[str] = ()
     tidies = False
@@ -118,8 +123,12 @@ class Work(Operation):
         step: Step,
         probe: Callable[[Connection], bool] | None = None,
         undo: Callable[[Connection], None] | None = None,
+        adds: int | None = None,
+        largest: int = 0,
     ) -> None:
         super().__init__()
+        self.adds = adds
+        self.largest = largest
         self._step = step
         self._probe = probe
         self._undo = undo
@@ -165,22 +174,38 @@ def is_interrupt(error: Exception) -> bool:
     return not ours and threading.get_ident() == threading.main_thread().ident
 
 
-def together(connection: Connection, operations: Iterable[Operation]) -> None:
+def together(
+    connection: Connection,
+    operations: Iterable[Operation],
+    cover: Callable[[int, int, int], None],
+) -> None:
     """Carry them out in the caller's transaction, each by itself: a refusal is that one's alone.
+
+    Args:
+        connection: For writing.
+        operations: In this order.
+        cover: Called before each that pushes, with how many bytes this transaction will have pushed
+            then, the largest entry of this one, and how many have pushed then.
 
     Raises:
         BrokenError: Because of one of them the transaction must be rolled back.
     """
+    added = pushes = 0
     for operation in operations:
         try:
             if operation.probe(connection):
+                if operation.adds is not None:
+                    cover(added + operation.adds, operation.largest, pushes + 1)
+                    added += operation.adds
+                    pushes += 1
                 operation.tokens = _within(connection, operation)
                 operation.done.append(None)
         except Exception as error:
             if is_interrupt(error):
                 raise
             stands = operation.done and not operation.whole
-            if stands or isinstance(error, apsw.IOError) or not connection.in_transaction:
+            disk = isinstance(error, apsw.IOError | apsw.FullError)
+            if stands or disk or not connection.in_transaction:
                 raise BrokenError(operation, error) from error
             operation.retract()
             operation.error = error

@@ -52,6 +52,7 @@ from .errors import (
     UndecidedError,
 )
 from .marks import HISTORY_AT
+from .reserve import release
 from .session import UPDATE_BOOTS, Session
 from .turnstile import Turnstile
 from .waiting import surely
@@ -59,6 +60,8 @@ from .waiting import surely
 __all__ = ["Database"]
 
 log = logging.getLogger("sqlspace")
+
+SELECT_LARGEST = "SELECT ifnull(max(length(payload)), 0) FROM sqlspace_entries"
 
 
 class Database:
@@ -130,9 +133,19 @@ class Database:
         *,
         probe: Callable[[Connection], bool] | None = None,
         undo: Callable[[Connection], None] | None = None,
+        adds: int | None = None,
+        largest: int = 0,
     ) -> None:
-        """The same with functions: all of `step` is done or, if anything is raised, nothing."""
-        self.write(Work(step, probe, undo))
+        """The same with functions: all of `step` is done or, if anything is raised, nothing.
+
+        Args:
+            step: As `Operation` has it, like the others.
+            probe: Or None.
+            undo: Or None.
+            adds: Or None, of what takes.
+            largest: Of what pushes.
+        """
+        self.write(Work(step, probe, undo, adds, largest))
 
     def lead(self, operation: Operation) -> None:
         """Carry it out with those that have joined, or have it await its turn."""
@@ -197,16 +210,18 @@ class Database:
 
     def _commit_alone(self, session: Session, operation: Operation) -> None:
         """Inside the turnstile: one operation, and out."""
+        connection = session.connection
         try:
             try:
-                if not session.booted:
-                    session.boot()
-                connection = session.connection
-                tokens = None if operation.whole else operation.step(connection)
-                if tokens is None:
-                    connection.execute("BEGIN IMMEDIATE")
-                    tokens = operation.step(connection) or ()
-                    run(operation.done, connection, "COMMIT", ())
+                if session.reserve.due:
+                    session.reserve.tend(connection)
+                try:
+                    tokens = self._carry_out(session, operation)
+                except apsw.FullError:
+                    if operation.adds is not None:
+                        raise
+                    self._relieve(session, [operation])
+                    tokens = self._carry_out(session, operation)
                 if operation.tidies:
                     tokens = [*tokens, *self._tidied(connection)]
             finally:
@@ -224,9 +239,36 @@ class Database:
                 raise self._explained(session, error) from error
             raise
 
+    def _carry_out(self, session: Session, operation: Operation) -> Iterable[str]:
+        """Do it, and commit; tokens."""
+        connection = session.connection
+        if operation.adds is not None:
+            alone = session.marks.alone
+            session.reserve.cover(connection, operation.adds, operation.largest, alone=alone)
+        self._boot(session)
+        tokens = None if operation.whole else operation.step(connection)
+        if tokens is None:
+            connection.execute("BEGIN IMMEDIATE")
+            tokens = operation.step(connection) or ()
+            run(operation.done, connection, "COMMIT", ())
+        return tokens
+
+    def _boot(self, session: Session) -> None:
+        """Before the first write, whoever it is for."""
+        if not session.booted:
+            try:
+                session.boot()
+            except apsw.FullError:
+                session.reserve.give_back(session.connection)
+                session.boot()
+
+    def _relieve(self, session: Session, carried: list[Operation]) -> None:
+        """The disk is full: have nothing stand of these, and make room for those that take."""
+        self._take_all_back(carried, session, committed=False)
+        session.reserve.give_back(session.connection)
+
     def _commit_together(self, session: Session, own: Operation | None) -> None:
         """Inside the turnstile: those that have joined, in one transaction, and out."""
-        connection = session.connection
         committed: list[Any] = []  # not empty once they are
         failed: list[Exception] = []
         interrupt: BaseException | None = None
@@ -236,13 +278,12 @@ class Database:
             self._conclude(session, committed, failed)
 
         try:
-            if not session.booted:
-                session.boot()
-            connection.execute("BEGIN IMMEDIATE")
-            self._committer.take(own)
-            together(connection, self._committer.carried)
-            self._tidy_together(connection)
-            run(committed, connection, "COMMIT", ())
+            if session.reserve.due:
+                session.reserve.tend(session.connection)
+            try:
+                self._carry_out_together(session, committed, own)
+            except (apsw.FullError, BrokenError) as error:
+                self._relieve_together(session, committed, error)
         except Exception as error:
             if is_interrupt(error):
                 raise
@@ -260,6 +301,47 @@ class Database:
             raise interrupt
         if failed and not isinstance(failed[0], BrokenError) and own and not own.finished:
             raise self._explained(session, failed[0]) from failed[0]
+
+    def _carry_out_together(
+        self, session: Session, committed: list[Any], own: Operation | None
+    ) -> None:
+        """Take what has joined, do it, and commit."""
+        self._boot(session)
+        session.connection.execute("BEGIN IMMEDIATE")
+        self._committer.take(own)
+        self._do_together(session, self._committer.carried, committed)
+
+    def _do_together(
+        self, session: Session, carried: list[Operation], committed: list[Any]
+    ) -> None:
+        connection = session.connection
+
+        def cover(added: int, largest: int, pushes: int) -> None:
+            session.reserve.cover(connection, added, largest, alone=False, pushes=pushes)
+
+        together(connection, carried, cover)
+        self._tidy_together(connection)
+        run(committed, connection, "COMMIT", ())
+
+    def _relieve_together(
+        self, session: Session, committed: list[Any], error: apsw.FullError | BrokenError
+    ) -> None:
+        """If the disk is full: what pushes is refused, and what takes is done all the same."""
+        cause: Exception = error
+        if isinstance(error, BrokenError):
+            cause = error.error
+            if error.operation.adds is not None:  # it alone may be too large
+                raise error
+        carried = self._committer.carried
+        taking = [each for each in carried if each.adds is None]
+        if not isinstance(cause, apsw.FullError) or not taking:
+            raise error
+        self._relieve(session, carried)
+        for each in carried:
+            if each.adds is not None:
+                each.error = cause
+        session.connection.execute("BEGIN IMMEDIATE")
+        self._do_together(session, taking, committed)
 
     def _tidy_together(self, connection: Connection) -> None:
         for operation in self._committer.carried:
@@ -340,7 +422,11 @@ class Database:
                 if not committed:
                     operation.retract()
                 elif operation.done:
-                    operation.undo(connection)
+                    try:
+                        operation.undo(connection)
+                    except apsw.FullError:
+                        session.reserve.give_back(connection)
+                        operation.undo(connection)
                     operation.done.clear()
         except apsw.Error:
             log.exception("%s: a call that failed could not be undone", self.options.path)
@@ -405,15 +491,35 @@ class Database:
             self.ensure_not_forked_inside()
             raise
         try:
-            if not session.booted:
-                session.boot()
+            if session.reserve.due:
+                session.reserve.tend(session.connection)
+            self._boot(session)
             session.connection.execute("BEGIN IMMEDIATE")
-        except apsw.Error as error:
-            raise self._explained(session, error) from error
+        except Exception as error:
+            self.ensure_not_forked_inside()
+            if isinstance(error, apsw.Error):
+                raise self._explained(session, error) from error
+            raise
         return session.connection
 
-    def commit(self, tokens: Iterable[str]) -> None:
-        """Commit what was begun, and ring; raises as `write`, and then nothing happened."""
+    def cover(self, added: int, largest: int, pushes: int) -> None:
+        """Before a push in the transaction that was begun: as `Reserve.cover`."""
+        if (session := self._whole) is not None:
+            connection = session.connection
+            session.reserve.cover(connection, added, largest, alone=False, pushes=pushes)
+
+    def relieve(self) -> None:
+        """What was begun only takes, and found the disk full: it is over, the next one has room."""
+        if (session := self._whole) is not None:
+            self._relieve(session, [])
+
+    def commit(self, tokens: Iterable[str], *, takes: bool) -> None:
+        """Commit what was begun, and ring; raises as `write`, and then nothing happened.
+
+        Args:
+            tokens: The doorbell's.
+            takes: Whether it only takes.
+        """
         session = self._whole
         if session is None:
             self._ready()  # raises why
@@ -430,6 +536,8 @@ class Database:
             session.bell.ring_all(tokens)
         except BaseException as error:
             self.ensure_not_forked_inside()
+            if takes and isinstance(error, apsw.FullError):
+                self.relieve()
             self._take_back(session, error, None)
             if isinstance(error, apsw.Error):
                 raise self._explained(session, error) from error
@@ -496,32 +604,45 @@ class Database:
         return bool(self.browse(step))
 
     def checkpoint(self) -> None:
-        """Move the -wal into the file and cut it to nothing, if no reader is in the way."""
+        """Move the -wal into the file and cut it to nothing, if no reader is in the way.
 
-        def step(connection: Connection) -> None:
+        On a full disk it may use the reserve, which is made again with the room that it makes.
+        """
+
+        def cut(connection: Connection) -> None:
             try:
                 connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
             except apsw.BusyError:
                 log.warning("%s: a reader keeps the -wal from being cut", self.options.path)
+
+        def step(session: Session) -> None:
+            try:
+                cut(session.connection)
+            except apsw.FullError:
+                session.reserve.give_back(session.connection)
+                cut(session.connection)
+            largest: Any = session.connection.execute(SELECT_LARGEST).get
+            session.reserve.shrink(session.connection, largest)
+            session.reserve.tend(session.connection)
 
         self._by_itself(step)
 
     def vacuum(self) -> None:
         """Rewrite the file without its free pages, unless others' tables live in it."""
 
-        def step(connection: Connection) -> None:
-            if not schema.is_embedded(connection):
-                connection.execute("VACUUM")
+        def step(session: Session) -> None:
+            if not schema.is_embedded(session.connection):
+                session.connection.execute("VACUUM")
 
         self._by_itself(step)
 
-    def _by_itself(self, step: Callable[[Connection], None]) -> None:
+    def _by_itself(self, step: Callable[[Session], None]) -> None:
         """Run what no transaction may hold, as the only writer."""
         held: list[Any] = []
         try:
             session = self._seize(held)
             try:
-                step(session.connection)
+                step(session)
             except apsw.Error as error:
                 raise self._explained(session, error) from error
         finally:
@@ -629,6 +750,8 @@ class Database:
             if not session.identity.stands():
                 # The path is another file's now: leave its -wal alone.
                 session.connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+            elif not self._committer.waiting:
+                session.shrink_reserve()
             session.close()
         except apsw.Error as error:
             raise self.mapped(error) from error
@@ -637,7 +760,12 @@ class Database:
 
     def _open(self) -> Session:
         try:
-            return Session(self.options, self._stirring)
+            try:
+                return Session(self.options, self._stirring)
+            except (apsw.FullError, apsw.IOError):  # the -shm and the -wal need room too
+                if not release(self.options.path):
+                    raise
+                return Session(self.options, self._stirring)
         except apsw.Error as error:
             raise self.mapped(error) from error
         except SchemaError as error:
@@ -689,6 +817,7 @@ class Database:
             self._spoil(MovedError(moved))
             raise MovedError(moved, undecided)
         session.marks.look_around(hears=session.identity.hears)
+        session.reserve.due = True
 
     def _spoil(self, error: StoreError) -> None:
         """From now on, every verb raises this."""

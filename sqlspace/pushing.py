@@ -28,6 +28,8 @@ from .waiting import Waiter
 
 __all__ = ["Batch", "Push", "push", "push_many", "push_when_room"]
 
+_INDEX_BYTES = 32  # of a row, or of its place in an index, beside the key
+
 
 class Push(Operation):
     """One entry to add; as an operation, in one statement, without a look at what is there.
@@ -73,6 +75,7 @@ class Push(Operation):
         if headers is not None:
             self.headers = check_headers(headers)
         check_size(self.key, self.payload, self.headers)
+        self.adds = self.largest = len(self.payload) + len(self.headers or "")
         if delay is not None:
             self.delay = check_delay_micros(delay, self.ttl)
         if dedupe is not None:
@@ -154,6 +157,12 @@ class Batch(NamedTuple):
         delay_micros = check_delay_micros(delay, ttl_micros)
         return cls(key, check_payloads(key, payloads), ttl_micros, delay_micros)
 
+    @property
+    def size(self) -> int:
+        """By how many bytes the file may grow for them, about."""
+        row = 4 * (len(self.key.encode()) + _INDEX_BYTES)
+        return sum(map(len, self.payloads)) + row * len(self.payloads)
+
     def add(self, connection: Connection) -> list[int]:
         """In the caller's transaction; their seqs."""
         now = clock.now()
@@ -198,7 +207,7 @@ def _look_and_add(database: Database, wanted: Push) -> tuple[int | None, bool]:
         if new and seq is not None:
             upkeep.erase(connection, wanted.key, seq)
 
-    database.transact(step, undo=undo)
+    database.transact(step, undo=undo, adds=wanted.adds, largest=wanted.largest)
     return seq, new
 
 
@@ -243,7 +252,8 @@ def push_many(database: Database, wanted: Batch) -> list[int]:
             upkeep.erase(connection, wanted.key, seq)
 
     if wanted.payloads:
-        database.transact(step, undo=undo)
+        largest = max(map(len, wanted.payloads))
+        database.transact(step, undo=undo, adds=wanted.size, largest=largest)
     else:
         database.ensure_open()
     return seqs

@@ -1,7 +1,7 @@
 """What one process has open of a file, and all that a fork invalidates.
 
 Two connections, one for writing and one for browsing; a descriptor of the -wal, for the turnstile,
-the marks and our own sync; the watch over the file's identity, the bell, the guard.
+the marks and our own sync; the watch over the file's identity, the reserve, the bell, the guard.
 """
 
 import os
@@ -16,6 +16,7 @@ from .errors import MovedError
 from .guard import Guard
 from .identity import Identity
 from .marks import HISTORY_AT, PRESENT_AT, Marks
+from .reserve import Reserve
 from .turnstile import Turnstile
 
 __all__ = ["UPDATE_BOOTS", "Session"]
@@ -71,6 +72,7 @@ class Session:
             self.syncs = options.sync == "group" and self.wal_descriptor is not None
             if self.syncs:
                 self.connection.pragma("synchronous", "NORMAL")
+            self.reserve = Reserve(path, self.wal_descriptor, self.patience)
             self.marks = Marks(self.wal_descriptor)
             self.turnstile = Turnstile(self.wal_descriptor, self.marks)
             if options.history is not None:
@@ -99,10 +101,24 @@ class Session:
             self.reader = reader
         return self.reader
 
+    def shrink_reserve(self) -> None:
+        """If nobody else has the file open, keep no more of the reserve than it needs at rest."""
+        if not self.reserve.is_large():
+            return
+        self.marks.look_around(hears=True)
+        if self.marks.alone:
+            self.marks.alone = False  # so that whoever comes now is kept at the turnstile
+            try:
+                if self.turnstile.try_enter():
+                    self.reserve.shrink(self.connection)
+            finally:
+                self.turnstile.leave()
+
     def close(self) -> None:
         """Let go all of it."""
         self.bell.close()
         self.turnstile.close()
+        self.reserve.close()
         self._close_files()
 
     def _close_files(self) -> None:
@@ -118,6 +134,7 @@ class Session:
     def abandon(self) -> None:
         """In a forked child: let go all that is the parent's, and leave no trace in the file."""
         self.turnstile.close()
+        self.reserve.close()
         self.marks.close()
         try:
             if self.connection.in_transaction:

@@ -171,7 +171,7 @@ class Store:
             seq, rings = entries.put(connection, key, payload, clock.now(), ttl_micros)
             return rings
 
-        self._database.transact(step)
+        self._database.transact(step, adds=len(payload), largest=len(payload))
         return seq
 
     # -- taking
@@ -427,7 +427,7 @@ class Store:
             return rings
 
         while moved == ageing.BATCH_ROWS:
-            self._database.transact(step)
+            self._database.transact(step, adds=0)
             total += moved
         return total
 

@@ -66,6 +66,8 @@ class Transaction:
         self._connection: Connection
         self._rings: list[str] = []
         self._settled: dict[Delivery, None] = {}
+        self._added = 0  # bytes, by so many pushes
+        self._pushes = 0
 
     def __enter__(self) -> Self:
         if self._over or self._thread is not None:
@@ -87,7 +89,7 @@ class Transaction:
     ) -> None:
         try:
             if kind is None:
-                self._database.commit(dict.fromkeys(self._rings))
+                self._database.commit(dict.fromkeys(self._rings), takes=not self._pushes)
                 for delivery in self._settled:
                     delivery._settled = True  # noqa: SLF001  # one piece with it
         finally:
@@ -138,7 +140,7 @@ class Transaction:
                 self._database.touch(connection)
             return seq
 
-        return self._do(step)
+        return self._do(step, wanted.adds, wanted.largest)
 
     def push_many(
         self,
@@ -156,7 +158,7 @@ class Transaction:
             self._rings.append(wanted.key)
             return seqs
 
-        return self._do(step)
+        return self._do(step, wanted.size, max(map(len, wanted.payloads), default=0))
 
     def put(self, key: str, payload: bytes, *, ttl: float | None = None) -> int:
         """As `Store.put`."""
@@ -169,7 +171,7 @@ class Transaction:
             self._rings += rings
             return seq
 
-        return self._do(step)
+        return self._do(step, len(payload), len(payload))
 
     # -- taking
 
@@ -275,8 +277,14 @@ class Transaction:
 
     # -- how a verb runs
 
-    def _do(self, step: Callable[[Connection], T]) -> T:
-        """Run a step that is all or nothing, whatever comes after it."""
+    def _do(self, step: Callable[[Connection], T], adds: int | None = None, largest: int = 0) -> T:
+        """Run a step that is all or nothing, whatever comes after it.
+
+        Args:
+            step: The verb.
+            adds: How many bytes it pushes; None: it takes.
+            largest: Bytes of the largest entry of these.
+        """
         if self._thread is None or self._over:
             raise ValueError("the transaction is over, or hasn't begun")
         if self._thread != threading.get_ident():
@@ -291,6 +299,10 @@ class Transaction:
                     f"{self._store.path}: SQLite rolled the transaction back when one of its "
                     "statements failed"
                 )
+            if adds is not None:
+                self._added += adds
+                self._pushes += 1
+                self._database.cover(self._added, largest, self._pushes)
             connection.execute("SAVEPOINT sqlspace")
             result = step(connection)
             run(done, connection, "RELEASE sqlspace", ())
@@ -304,6 +316,8 @@ class Transaction:
             if connection.in_transaction:
                 _undo(connection)
             if isinstance(error, apsw.Error):
+                if isinstance(error, apsw.FullError) and not self._pushes:
+                    self._database.relieve()
                 raise self._database.mapped(error) from error
             raise
         return result

@@ -446,7 +446,7 @@ def test_an_operation_that_breaks_the_transaction_fails_and_the_others_are_done_
         store,
         lambda: store.push("k", b"1"),  # it leads
         lambda: store.pullp("p"),
-        lambda: store._database.transact(breaks),
+        lambda: store._database.transact(breaks, adds=0),
         lambda: store.push("k", b"2"),
         lost_lease(store),
     )
@@ -542,21 +542,37 @@ def fail_in_one_batch(store, **faults):
     return calls, delivery
 
 
-@pytest.mark.parametrize(("fault", "kind"), [("syncs", StoreError), ("writes", FullError)])
-def test_a_commit_that_fails_fails_all_in_it_and_nothing_of_it_stands(failing, path, fault, kind):
+def test_a_commit_that_fails_fails_all_in_it_and_nothing_of_it_stands(failing, path):
     """Each is told by an error of its own; one more commit makes certain that it did not happen."""
     failing.push("leased", b"x")
     before = boots(path)
-    calls, delivery = fail_in_one_batch(failing, **{fault: 1})
+    calls, delivery = fail_in_one_batch(failing, syncs=1)
     errors = [call.error for call in calls]
-    assert {type(error) for error in errors} == {kind}
+    assert {type(error) for error in errors} == {StoreError}
     assert len(set(map(id, errors))) == len(errors)
     assert all(isinstance(error.__cause__, apsw.Error) for error in errors)
-    assert boots(path) == before + (fault == "syncs")
+    assert boots(path) == before + 1
     assert (payloads(failing), payloads(failing, "p")) == ([], [b"x"])
     assert list(failing.history("p")) == []
     delivery.ack()
     assert failing.pullp("p") == b"x"
+    check_at_rest(failing)
+
+
+def test_on_a_full_disk_what_takes_is_done_and_what_pushes_is_refused(failing, path):
+    """For the former the reserve is given back, and all of them are committed once more."""
+    failing.push("leased", b"x")
+    before = boots(path)
+    calls, delivery = fail_in_one_batch(failing, writes=1)
+    for call in (calls[0], calls[2]):
+        assert isinstance(call.error, FullError)
+        assert isinstance(call.error.__cause__, apsw.FullError)
+    assert calls[0].error is not calls[2].error
+    assert (calls[1].result(), calls[3].result()) == (b"x", None)
+    assert boots(path) == before
+    assert (payloads(failing), payloads(failing, "p")) == ([], [])
+    with pytest.raises(LeaseError):
+        delivery.ack()
     check_at_rest(failing)
 
 

@@ -266,6 +266,14 @@ class Run:
     def live(self, key):
         return {p: f for p, f in self.facts.items() if f is not None and f.key == key}
 
+    def cleared(self, key):
+        """What becomes of a key's entries: gone, but for the dead, which move."""
+        return {
+            payload: None
+            for payload, fact in self.live(key).items()
+            if not fact.dies or fact.is_leased(self.now)
+        }
+
     # -- verbs
 
     def push(self):
@@ -320,13 +328,13 @@ class Run:
 
         def after(seq):
             self.grow(seq)
-            return dict.fromkeys(self.live(key)) | {payload: Fact(seq, key)}
+            return self.cleared(key) | {payload: Fact(seq, key)}
 
         self.do("put", lambda: self.store.put(key, payload), after)
 
     def clear(self):
         key = self.key()
-        self.do("clear", lambda: self.store.clear(key), lambda _: dict.fromkeys(self.live(key)))
+        self.do("clear", lambda: self.store.clear(key), lambda _: self.cleared(key))
 
     def remove(self):
         if known := [f for f in self.facts.values() if f is not None and f.seq is not None]:

@@ -1,0 +1,411 @@
+"""A full disk can be drained: what the reserve is for, whose it is, and what it leaves alone."""
+
+import contextlib
+import errno
+import logging
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import threading
+
+import apsw
+import pytest
+from proof import tried
+
+import sqlspace
+from sqlspace import reserve
+from sqlspace.errors import FullError
+
+MEGABYTE = 1 << 20
+
+
+@pytest.fixture
+def path(tmp_path):
+    return str(tmp_path / "queue.db")
+
+
+# -- disks that are full
+
+
+@pytest.fixture(params=["tmpfs", "ext4"])
+def disk(request, tmp_path):
+    """A file system of 40 MB, with nothing else on it."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if request.param == "tmpfs":
+        mount = ["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", place]
+    else:
+        image = tmp_path / "image"
+        image.touch()
+        os.truncate(image, 40 * MEGABYTE)
+        with contextlib.suppress(OSError):  # there may be no such program
+            subprocess.run(["mkfs.ext4", "-q", "-m", "0", image], check=False, capture_output=True)
+        mount = ["mount", "-o", "loop", image, place]
+    if os.geteuid() or subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield place
+    subprocess.run(["umount", "-l", place], check=False)
+
+
+class Small(apsw.VFS):
+    """A disk of so many bytes, as far as SQLite and the reserve can tell."""
+
+    capacity = 1 << 62
+
+    def __init__(self, path):
+        super().__init__("small", "unix")
+        self.files = [path, path + "-wal", path + "-reserve"]
+
+    def used(self):
+        return sum(os.stat(name).st_size for name in self.files if os.path.exists(name))
+
+    def xOpen(self, name, flags):
+        return SmallFile(self, name, flags)
+
+    def allocate(self, descriptor, start, end):
+        if self.used() + end - start > self.capacity:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.posix_fallocate(descriptor, start, end - start)
+
+
+class SmallFile(apsw.VFSFile):
+    def __init__(self, disk, name, flags):
+        super().__init__("unix", name, flags)
+        self.disk = disk
+
+    def xWrite(self, data, offset):
+        more = offset + len(data) - self.xFileSize()
+        if more > 0 and self.disk.used() + more > self.disk.capacity:
+            raise apsw.FullError("a full disk")
+        return super().xWrite(data, offset)
+
+
+@pytest.fixture
+def small(path, monkeypatch):
+    """The same without any privilege: what grows is counted."""
+    disk = Small(path)
+    monkeypatch.setattr(reserve, "_allocate", disk.allocate)
+    try:
+        yield disk
+    finally:
+        disk.capacity = 1 << 62
+        disk.unregister()
+
+
+def size(path):
+    return os.stat(path + "-reserve").st_size
+
+
+def fill(store, payload, threads=1):
+    """Push until the disk is full; what was acknowledged, by seq."""
+    pushed = {}
+
+    def push():
+        refused = 0
+        while refused < 3:
+            try:
+                data = payload(len(pushed))
+                pushed[store.push("k", data)] = data
+            except FullError:
+                refused += 1
+
+    workers = [threading.Thread(target=push) for _ in range(threads)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return [pushed[seq] for seq in sorted(pushed)]
+
+
+def take(store, limit):
+    """Pull, or claim and ack, so many entries."""
+    taken = []
+    while len(taken) < limit:
+        if len(taken) % 2:
+            payload = store.pullp("k")
+        elif (delivery := store.claimp("k")) is None:
+            payload = None
+        else:
+            delivery.ack()
+            payload = delivery.payload
+        if payload is None:
+            break
+        taken.append(payload)
+    return taken
+
+
+def check_restored(store):
+    """What must hold once the store is drained: it is small, and goes on as before."""
+    store.compact()
+    assert store.stats().wal_bytes == 0
+    assert store.push("k", b"again")
+    assert size(store.path) >= reserve._STEP_BYTES
+    assert store.pull("k", 0) == b"again"
+
+
+DRAIN = """
+import sys, sqlspace
+with sqlspace.open(sys.argv[1]) as store:
+    while (delivery := store.claimp("k")) is not None:
+        delivery.ack()
+        print(delivery.payload[:16].hex())
+        if (payload := store.pullp("k")) is None:
+            break
+        print(payload[:16].hex())
+"""
+
+
+def entry(length):
+    return lambda _: os.urandom(length)
+
+
+def entry_with_one_large(number):
+    return os.urandom(8_000_000 if number == 20 else 20_000)
+
+
+@pytest.mark.parametrize("reopens", [False, True])
+@pytest.mark.parametrize("sync", [True, "group"])
+@pytest.mark.parametrize(
+    ("threads", "payload"), [(1, entry(50_000)), (8, entry(20_000)), (1, entry_with_one_large)]
+)
+def test_a_disk_that_pushes_have_filled_can_be_drained(disk, sync, threads, payload, reopens):
+    """By who has it open, and by a process that opens it then; all of it once, and in order."""
+    path = str(disk / "queue.db")
+    store = sqlspace.open(path, sync=sync)
+    pushed = fill(store, payload, threads)
+    assert len(pushed) > 50
+    assert any(len(each) > MEGABYTE for each in pushed) == (payload is entry_with_one_large)
+    if reopens:
+        store.close()
+    with open(disk / "other", "wb", buffering=0) as other, contextlib.suppress(OSError):
+        while other.write(bytes(512)):
+            pass
+    if reopens:
+        store = sqlspace.open(path, sync=sync)
+    taken = take(store, len(pushed) // 2)
+    assert taken == pushed[: len(taken)]
+    done = subprocess.run(
+        [sys.executable, "-c", DRAIN, path], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [each[:16].hex() for each in pushed[len(taken) :]]
+    check_restored(store)
+    store.close()
+    tried("a full disk, drained", f"{len(pushed):,} entries")
+
+
+@pytest.mark.parametrize("sync", [True, False, "group"])
+@pytest.mark.parametrize("megabytes", [2, 6, 14])
+@pytest.mark.parametrize("threads", [1, 8])
+def test_a_small_disk_can_be_drained_too(small, path, threads, megabytes, sync):
+    """Whether the -wal was ever checkpointed or not."""
+    small.capacity = megabytes * MEGABYTE
+    with sqlspace.open(path, sync=sync, vfs="small") as store:
+        pushed = fill(store, entry(5_000), threads)
+        assert len(pushed) > 20
+        small.capacity = small.used()
+        assert take(store, len(pushed) // 2) == pushed[: len(pushed) // 2]
+        with sqlspace.open(path, sync=sync, vfs="small") as other:
+            assert take(other, len(pushed)) == pushed[len(pushed) // 2 :]
+        check_restored(store)
+
+
+def test_without_the_reserve_it_can_not(small, path, monkeypatch):
+    """The tests above would see it."""
+    monkeypatch.setattr(reserve, "_cut", lambda *_: None)
+    small.capacity = 6 * MEGABYTE
+    with sqlspace.open(path, vfs="small") as store:
+        pushed = fill(store, entry(5_000))
+        small.capacity = small.used()
+        with pytest.raises(FullError):
+            take(store, len(pushed))
+
+
+def test_no_push_gets_the_room_that_is_kept_for_takers(small, path):
+    """The reserve covers the -wal, and stays as large as it is."""
+    small.capacity = 6 * MEGABYTE
+    with sqlspace.open(path, vfs="small") as store:
+        pushed = fill(store, entry(5_000))
+        kept = size(path)
+        assert kept > os.stat(path + "-wal").st_size
+        for refused in (
+            lambda: store.push("k", bytes(50_000)),
+            lambda: store.push("k", bytes(50_000), dedupe="d"),
+            lambda: store.push_many("k", [bytes(50_000)]),
+            lambda: store.put("k", bytes(50_000)),
+        ):
+            with pytest.raises(FullError):
+                refused()
+            assert size(path) == kept
+        assert [each.payload for each in store.entries("k")] == pushed
+
+
+def test_while_it_is_given_back_pushes_are_refused_until_it_can_be_made_again(small, path):
+    """Else they would take the room for which it was given back."""
+    small.capacity = 6 * MEGABYTE
+    with sqlspace.open(path, vfs="small") as store:
+        fill(store, entry(5_000))
+        small.capacity = small.used()
+        take(store, 1)
+        assert size(path) == reserve._CONTENT_BYTES
+        small.capacity = small.used()  # another application has taken it
+        with pytest.raises(FullError):
+            store.push("k", b"x")
+        small.capacity = 1 << 62
+        store.push("k", b"x")
+        assert size(path) > os.stat(path + "-wal").st_size
+
+
+def test_a_push_that_the_reserve_can_not_be_made_to_cover_changes_nothing(small, path):
+    """It is refused before its commit."""
+    with sqlspace.open(path, vfs="small") as store:
+        store.push("k", b"x")
+        kept = size(path)
+        small.capacity = small.used() + 3 * MEGABYTE  # for the push, and not for the reserve
+        with pytest.raises(FullError):
+            store.push("k", bytes(2 * MEGABYTE))
+        with pytest.raises(FullError), store.transaction() as together:
+            together.push("k", b"y")
+            together.push("k", bytes(2 * MEGABYTE))
+        assert size(path) == kept
+        assert [each.payload for each in store.entries("k")] == [b"x"]
+        small.capacity = small.used() + 7 * MEGABYTE
+        store.push("k", bytes(2 * MEGABYTE))
+        assert size(path) > 4 * MEGABYTE
+
+
+def test_a_transaction_that_only_takes_makes_room_for_the_next(small, path):
+    """A caller's block can't be run again, but the caller can."""
+    small.capacity = 6 * MEGABYTE
+    with sqlspace.open(path, vfs="small") as store:
+        pushed = fill(store, entry(5_000))
+        small.capacity = small.used()
+        kept = size(path)
+        with pytest.raises(FullError), store.transaction() as together:
+            together.push("k", b"x")
+            together.pullp("k")
+        assert size(path) == kept
+        with pytest.raises(FullError), store.transaction() as together:
+            assert together.pullp("k") == pushed[0]
+        with store.transaction() as together:
+            assert together.pullp("k") == pushed[0]
+        assert store.pull("k", 0) == pushed[1]
+
+
+# -- whose file it is
+
+
+def test_it_is_made_at_the_first_write_like_the_database_and_cut_at_the_end(path):
+    """A store that only looks makes none; one that is closed keeps little."""
+    with sqlspace.open(path, mode=0o640) as store:
+        assert store.peek("k") is None
+        assert not os.path.exists(path + "-reserve")
+        store.push_many("k", [bytes(1000)] * 8_000)
+        assert size(path) >= os.stat(path + "-wal").st_size > 4 * MEGABYTE
+        assert stat.S_IMODE(os.stat(path + "-reserve").st_mode) == 0o640
+        with sqlspace.open(path) as other:
+            other.push("k", b"x")
+        assert size(path) >= os.stat(path + "-wal").st_size
+    assert 0 < size(path) <= MEGABYTE
+
+
+def test_one_that_was_deleted_is_made_again(path):
+    """Within a second, by whoever writes."""
+    with sqlspace.open(path) as store:
+        store.push("k", b"x")
+        os.unlink(path + "-reserve")
+        store._database._session.identity.look_at = 0.0
+        store.pull("k", 0)
+        assert size(path) >= reserve._STEP_BYTES
+
+
+def test_a_copy_of_it_that_has_holes_or_only_zeros_is_filled(path):
+    """As `cp` makes it, and as a power cut may leave it."""
+    with open(path + "-reserve", "wb") as file:
+        file.truncate(MEGABYTE)
+    with sqlspace.open(path) as store:
+        store.push("k", b"x")
+        found = os.stat(path + "-reserve")
+        assert found.st_blocks * 512 >= found.st_size >= MEGABYTE
+    with open(path + "-reserve", "rb") as file:
+        assert file.read(8) == b"sqlspace"
+
+
+def make_file(place, _):
+    place.write_bytes(b"my own")
+
+
+def make_link(place, other):
+    place.symlink_to(other)
+
+
+def make_hard_link(place, other):
+    place.hardlink_to(other)
+
+
+def make_pipe(place, _):
+    os.mkfifo(place)
+
+
+def make_directory(place, _):
+    place.mkdir()
+
+
+@pytest.mark.parametrize("make", [make_file, make_link, make_hard_link, make_pipe, make_directory])
+def test_what_is_not_ours_is_left_alone(tmp_path, path, make, caplog):
+    """Then there is no reserve, which is told once; not even one of another store, by a link."""
+    other = tmp_path / "other"
+    other.write_bytes(reserve._TITLE + bytes(MEGABYTE))
+    place = tmp_path / "queue.db-reserve"
+    make(place, other)
+    before = place.lstat(), other.read_bytes()
+    with caplog.at_level(logging.WARNING), sqlspace.open(path) as store:
+        for payload in (b"x", bytes(MEGABYTE), b"y"):
+            store.push("k", payload)
+            assert store.pull("k", 0) == payload
+        store.compact()
+    after = place.lstat(), other.read_bytes()
+    assert (after[0].st_mode, after[0].st_size, after[0].st_mtime_ns, after[1]) == (
+        (before[0].st_mode, before[0].st_size, before[0].st_mtime_ns, before[1])
+    )
+    assert sum("queue.db-reserve: " in record.message for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.EINVAL])
+def test_where_no_room_can_be_allocated_it_is_written(path, monkeypatch, number):
+    """Some file systems know no fallocate."""
+
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    with sqlspace.open(path) as store:
+        store.push("k", bytes(MEGABYTE))
+        found = os.stat(path + "-reserve")
+        assert found.st_blocks * 512 >= found.st_size > 2 * MEGABYTE
+
+
+def test_a_restored_database_takes_over_the_reserve_that_it_finds(tmp_path, path):
+    """It may be another's, of another size: it holds nothing but room."""
+    with sqlspace.open(path) as store:
+        store.push("k", bytes(MEGABYTE))
+        store.backup(tmp_path / "copy.db")
+        assert not os.path.exists(tmp_path / "copy.db-reserve")
+        shutil.copy(path + "-reserve", tmp_path / "copy.db-reserve")
+    with sqlspace.open(tmp_path / "copy.db") as copy:
+        assert copy.pull("k", 0) == bytes(MEGABYTE)
+        copy.push("k", b"x")
+
+
+def test_in_another_applications_database_it_covers_what_that_writes_too(path):
+    """The -wal holds both."""
+    with contextlib.closing(apsw.Connection(path)) as theirs:
+        theirs.pragma("journal_mode", "wal")
+        theirs.execute("CREATE TABLE t (a)")
+        with sqlspace.open(path, embed=True) as store:
+            store.push("k", b"x")
+            theirs.execute("INSERT INTO t VALUES (zeroblob(3000000))")
+            store.push_many("k", [b"y"] * 600)
+            assert size(path) >= os.stat(path + "-wal").st_size
