@@ -107,7 +107,7 @@ SELECT (SELECT count(*) FROM sqlspace_entries INDEXED BY sqlspace_entries_last
 # look, for each takes SQLite's lock: a pull of an empty key needed two, and 11 µs instead of 7.
 SELECT_HEAD = f"""
 SELECT seq, key, CAST(ifnull(payload, x'') AS BLOB), CAST(headers AS BLOB), pushed_at, expires_at,
-       attempts, max_attempts, NOT {UNEXPIRED}
+       ifnull(CAST(attempts AS INTEGER), 0), max_attempts, NOT {UNEXPIRED}
   FROM sqlspace_entries WHERE seq = (
     SELECT seq FROM sqlspace_entries INDEXED BY sqlspace_entries_live
      WHERE key = ?2 AND state = 0 AND state < 3 ORDER BY seq LIMIT 1)
@@ -115,7 +115,7 @@ UNION ALL SELECT NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, 1 WHERE {FREED}
 """
 SELECT_HEADS = f"""
 SELECT seq, key, CAST(ifnull(payload, x'') AS BLOB), CAST(headers AS BLOB), pushed_at, expires_at,
-       attempts, max_attempts
+       ifnull(CAST(attempts AS INTEGER), 0), max_attempts
   FROM sqlspace_entries INDEXED BY sqlspace_entries_live
  WHERE key = ?2 AND state = 0 AND state < 3 AND {UNEXPIRED} ORDER BY seq LIMIT ?3
 """

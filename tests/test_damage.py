@@ -173,10 +173,14 @@ def test_values_of_wrong_types_are_damage_and_payloads_are_bytes(store, path):
     """STRICT lets none of them in."""
     store.push("a", b"1")
     store.push("b", b"1")
+    store.push("c", b"1")
     past_strict(path, "UPDATE sqlspace_entries SET pushed_at = x'62' WHERE key = 'a'")
+    past_strict(path, "UPDATE sqlspace_entries SET attempts = 'text' WHERE key = 'c'")
     past_strict(path, "UPDATE sqlspace_entries SET payload = 'text' WHERE key = 'b'")
     for look in (lambda: list(store.entries("a")), store.stats):
         with pytest.raises(sqlspace.CorruptError, match="wrong types"):
             look()
+    with pytest.raises(sqlspace.CorruptError, match="disagree"):
+        store.claimp("c")
     assert store.peek("b") == b"text"
     assert store.pullp("b") == b"text"
