@@ -261,6 +261,9 @@ class Database:
             except apsw.FullError:
                 session.reserve.give_back(session.connection)
                 session.boot()
+            # Were it lost and repeated, what a power cut left of the write behind it would stand.
+            if session.syncs:
+                self._sync(session)
 
     def _relieve(self, session: Session, carried: list[Operation]) -> None:
         """The disk is full: have nothing stand of these, and make room for those that take."""

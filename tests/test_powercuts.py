@@ -129,6 +129,27 @@ def test_an_image_is_made_again_from_its_name():
     assert seen[deepest] == known
 
 
+@pytest.mark.parametrize("sync", [True, "group"])
+def test_what_was_judged_absent_stays_so_when_the_first_commit_is_repeated(sync, tmp_path):
+    """Lost, it is made again byte for byte; the push behind it must not come back with it."""
+    plant = Plant(sync=sync, verbs=("push",), deeds=(1, 1))
+    run = Run("first", {}, {}, plant=plant)
+    run()
+    push = run.deeds[1]
+    frame = (push.begin, push.begin + 1)  # of the first commit: a header and a page
+    may_be_lost = run.events[push.begin + 2].kind != "sync"
+    walk, disk = Walk(run), Disk({})
+    for number, event in enumerate(run.events[: push.end - 1]):
+        walk.go(number)
+        if number not in frame or not may_be_lost:
+            disk.apply(event)
+    files = disk.image("all", random)
+    explorer = Explorer(plant=plant)
+    explorer.go_through(walk.next_run("second", files, look(str(tmp_path / "queue.db"), files)))
+    assert explorer.images > 50
+    assert explorer.violations == []
+
+
 # What hypothesis draws, it can also simplify: the shortest history that breaks a promise.
 dice = st.randoms(use_true_random=False)
 

@@ -206,20 +206,24 @@ class Explorer:
 
     def explore(self, seed):
         """All of the run with this seed."""
-        self._begin(str(seed), ())
+        self.go_through(Run(str(seed), {}, {}, plant=self.plant))
 
     def replay(self, image):
         """One image, by its name, and nothing of what comes after it."""
         seed, *steps = image.split("/")
-        self._begin(
-            seed,
-            [(int(number), mode) for number, mode in zip(steps[::2], steps[1::2], strict=True)],
-        )
+        only = [(int(number), mode) for number, mode in zip(steps[::2], steps[1::2], strict=True)]
+        self.go_through(Run(seed, {}, {}, plant=self.plant), only)
 
-    def _begin(self, seed, only):
+    def go_through(self, run, only=()):
+        """Do it, and cut the power behind each of its events.
+
+        Args:
+            run: That is not done yet.
+            only: Just this image, as (event, mode), and what comes of it.
+        """
         with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
             self._path = os.path.join(folder, "image.db")
-            self._go_through(Run(seed, {}, {}, plant=self.plant), only)
+            self._go_through(run, only)
 
     def _go_through(self, run, only):
         self.runs += 1
