@@ -8,18 +8,14 @@ import argparse
 import itertools
 import multiprocessing
 import os
-import pathlib
 import queue
 import sys
 import time
 import traceback
 
+from powercuts import Explorer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests" / "helpers"))
-
-from powercuts import Explorer
 
 console = Console(highlight=False, soft_wrap=True)
 SHOWN = 20  # violations
