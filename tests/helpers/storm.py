@@ -26,6 +26,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections import Counter
 from dataclasses import asdict
 
@@ -35,7 +36,7 @@ from plants import PLANTS
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from storm_lane import DRAINED, LEASE, RULES, Lane
-from storm_worker import BUSY_TIMEOUT, Log, Task, Worker
+from storm_worker import BUSY_TIMEOUT, TOLD, Log, Task, Worker
 
 import sqlspace
 
@@ -110,6 +111,8 @@ class Storm:
         inherits = self.random.random() < 0.5
         if way < 0.04:
             task.foreign, task.threads = True, 1
+        # What it is told before it can hear waits until then.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, TOLD)
         if way < 0.2:
             pid = os.posix_spawn(
                 sys.executable,
@@ -122,11 +125,10 @@ class Storm:
             code = 1
             try:
                 code = storm_worker.work(task, self.store if inherits else None)
-            except KeyboardInterrupt:  # told to end before it could hear
-                code = 0
             finally:
                 os._exit(code)
         self.names[pid] = task.name
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def rage(self, seconds, tick):
         """Kill and freeze, and start anew."""
@@ -163,7 +165,7 @@ class Storm:
         for path in logs_of(self.folder, f"{name}."):
             with open(path, "a", encoding="utf-8") as file:
                 file.write(f'\n["X", {now}]\n')
-        if code not in (0, -signal.SIGKILL, -signal.SIGTERM):  # the latter: before it could hear
+        if code not in (0, -signal.SIGKILL):
             self.problems.append(f"worker {name} ended with {code}")
         return code
 
@@ -321,6 +323,8 @@ def main():
         problems, counts = judge_folder(folder)
         report(counts, problems, folder=folder)
         return int(bool(problems))
+    # Some Pythons warn of a fork beside threads; that this is safe is what is tested here.
+    warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     folder = tempfile.mkdtemp(prefix="sqlspace-storm-")
     try:

@@ -25,9 +25,10 @@ import sqlspace
 
 BUSY_TIMEOUT = 0.3
 PR_SET_PDEATHSIG = 1
+TOLD = (signal.SIGTERM, signal.SIGINT)
 INSERT = "INSERT INTO sqlspace_outbox (key, payload) VALUES (?, ?)"
 
-__all__ = ["BUSY_TIMEOUT", "Log", "Task", "Worker", "work"]
+__all__ = ["BUSY_TIMEOUT", "TOLD", "Log", "Task", "Worker", "work"]
 
 
 @dataclass
@@ -185,6 +186,7 @@ def work(task, store=None):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGTERM, lambda *_: worker.over.set())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the storm's
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, TOLD)
     logging.getLogger("sqlspace").addHandler(logging.NullHandler())
     logging.getLogger("sqlspace").propagate = False
     if task.plant is not None:
