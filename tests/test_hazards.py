@@ -76,7 +76,7 @@ DEFENCES = {
     ),
     "two threads on one connection": (
         "committer.Committer",
-        "test_store.test_any_number_of_threads_may_use_one_store",
+        "test_committer.test_sixteen_threads_with_all_verbs_and_ctrl_c_do_each_thing_once",
     ),
     "an SQLite with the WAL-reset bug": (
         "connection._SQLITE_NEEDED",
