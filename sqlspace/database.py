@@ -771,6 +771,8 @@ class Database:
                 return Session(self.options, self._stirring)
         except apsw.Error as error:
             raise self.mapped(error) from error
+        except OSError as error:  # the process may open no more files
+            raise StoreError(f"{self.options.path}: {error.strerror}") from error
         except SchemaError as error:
             raise type(error)(f"{self.options.path}: {error}") from error.__cause__
 

@@ -7,6 +7,9 @@ import types
 
 import pytest
 
+from sqlspace import StoreError
+from sqlspace.waiting import surely
+
 # Those that hold locks in a caller's thread.
 MODULES = [
     *("local", "waiting", "store", "database", "doorbell", "watch", "identity"),
@@ -47,3 +50,35 @@ def test_no_loop_stands_where_an_interrupt_would_leave_its_lock_taken(name):
         top = compile(file.read(), module.__file__, "exec")
     found = {f"{code.co_qualname}, line {line}" for code in codes(top) for line in unguarded(code)}
     assert found == set()
+
+
+class Expired(BaseException):
+    """As pytest's and gevent's timeouts."""
+
+
+def test_whatever_strikes_and_however_often_a_step_is_run_to_its_end():
+    """The last strike is told, so that the caller can raise it."""
+    strikes = [Expired(), TimeoutError(), SystemExit(1), KeyboardInterrupt(), Expired()]
+    left = list(strikes)
+
+    def step():
+        if left:
+            raise left.pop(0)
+
+    assert surely(step) is strikes[-1]
+    assert not left
+    assert surely(step) is None
+
+
+@pytest.mark.parametrize(("error", "times"), [(StoreError("x"), 1), (AttributeError("x"), 100)])
+def test_a_step_that_fails_by_itself_is_not_run_for_ever(error, times):
+    """An error of ours is the step's own at once; any other when it comes again and again."""
+    ran = []
+
+    def step():
+        ran.append(None)
+        raise error
+
+    with pytest.raises(type(error)):
+        surely(step)
+    assert len(ran) == times

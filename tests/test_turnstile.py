@@ -286,6 +286,8 @@ def test_a_frozen_writer_blocks_nobody_beyond_busy_timeout(path, child, where, e
     """Ctrl-Z inside a commit: the others get BusyError, nothing changed; afterwards all goes on."""
     with sqlspace.open(path, busy_timeout=0.2) as store:
         store.push("k", b"first")
+        store.push("work", b"x")
+        delivery = store.claim("work")
         frozen = child(FREEZE[where], path)
         frozen.expect("inside")
         frozen.stop()
@@ -299,12 +301,23 @@ def test_a_frozen_writer_blocks_nobody_beyond_busy_timeout(path, child, where, e
             lambda: store.pull_many("k", 2),
             lambda: store.clear("k"),
             lambda: store.remove("k", seqs[0]),
+            lambda: store.claim("k"),
+            lambda: store.claimp("k"),
+            lambda: store.claim_many("k", 2),
+            delivery.ack,
+            delivery.nack,
+            lambda: delivery.extend(60),
+            lambda: store.transaction().__enter__(),
             store.compact,
         ):
             with pytest.raises(BusyError):
                 verb()
         assert store.pullp("nothing there") is None, "to look takes no lock"
         assert store.peek("k") == b"first"
+        assert store.len("work") == 1
+        assert not delivery.lost
+        with sqlspace.open(path, busy_timeout=0.2) as other:  # to open and to close, neither
+            assert other.len("k") == len(seqs)
         assert [entry.seq for entry in store.entries("k")] == seqs
         assert list(store.history("k")) == []
         if end == "KILL":
@@ -315,6 +328,7 @@ def test_a_frozen_writer_blocks_nobody_beyond_busy_timeout(path, child, where, e
             frozen.finish()
         assert store.push("k", b"after") > max(seqs)
         assert store.pull("k") == b"first"
+        delivery.ack()
 
 
 BLOCKED = """
