@@ -570,10 +570,9 @@ class Committer:
 
     def forget(self) -> None:
         """In a forked child: nobody else is there."""
-        waited = [*self.queue, *self.carried]
+        for each in (*self.queue, *self.carried):
+            _wake(each)  # it may be this thread's, which forked in a signal's handler
         self.__init__(self._file)  # type: ignore[misc]
-        for each in waited:  # one may be this thread's, which forked in a signal's handler
-            _wake(each)
 
 
 def _wake(operation: Operation) -> None:

@@ -92,6 +92,7 @@ class Database:
         self._tidy = tidy
         self._poison: StoreError | None = None
         self._forked = False
+        self._still: list[threading.Lock] = []  # locks that are held while the process forks
         self._unclosed = False  # by a signal's handler, which had to leave it to the call
         self._committer = Committer(self)
         self._read_lock = threading.Lock()
@@ -905,8 +906,8 @@ class Database:
         thread = threading.get_ident()
         self.inside = self._is_inside(thread)
         for lock, owner in self._owned():
-            if owner != thread:
-                lock.acquire()
+            if owner != thread and lock not in self._still:
+                forks.acquire(self._still, lock)
 
     def _owned(self) -> tuple[tuple[threading.Lock, int | None], ...]:
         """The locks, and the threads that have them."""
@@ -919,20 +920,12 @@ class Database:
     def after_fork_in_parent(self) -> None:
         """Go on."""
         self.inside = False
-        self._let_go()
-
-    def _let_go(self) -> None:
-        thread = threading.get_ident()
-        for lock, owner in reversed(self._owned()):
-            if owner != thread:
-                lock.release()
+        forks.release_all(self._still)
 
     def after_fork_in_child(self) -> None:
         """Let go what is the parent's; the next call opens anew."""
         # This thread may have been waiting for one of them, and its handler forked.
-        self._let_go()
-        session = self._session or self._spent
-        self._session = self._spent = self._whole = None
+        forks.release_all(self._still)
         self._browser = None
         self._read_lock = threading.Lock()
         self._forked = True
@@ -942,5 +935,7 @@ class Database:
                 "store, or of a transaction; the child can't use it"
             )
         self._committer.forget()
+        session = self._session or self._spent
         if session is not None:
             session.abandon()
+        self._session = self._spent = self._whole = None

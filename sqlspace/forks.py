@@ -5,18 +5,22 @@ outside of SQLite, while its process forks, and the child closes all that it has
 opens anything: then SQLite forgets the table.
 """
 
+import collections
 import itertools
 import mmap
+import operator
 import os
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Protocol
 
 import apsw
 
 from . import doorbell, identity
+from .waiting import surely
 
-__all__ = ["Forking", "databases", "detach", "opening"]
+__all__ = ["Forking", "acquire", "databases", "detach", "opening", "release_all"]
 
 # From sqlite3.h
 _SHM_REGION_BYTES = 32_768
@@ -26,7 +30,7 @@ _MAP_FIXED = 0x10  # from <sys/mman.h>
 
 
 class Forking(Protocol):
-    """What a fork needs of a database."""
+    """What a fork needs of a database; each of these is idempotent."""
 
     def before_fork(self) -> None:
         """Stand still."""
@@ -41,33 +45,80 @@ class Forking(Protocol):
 opening = threading.Lock()
 databases: weakref.WeakSet[Forking] = weakref.WeakSet()
 _at_rest: list[Forking] = []
+_opening_held: list[threading.Lock] = []
+
+
+def acquire(held: list[threading.Lock], lock: threading.Lock) -> None:
+    """Take a lock, and note it: in one C call, so that no interrupt comes in between."""
+    held.extend(filter(_ACQUIRE, (lock,)))
+
+
+def release_all(held: list[threading.Lock]) -> None:
+    """Release what was taken, the last first; likewise, and idempotent."""
+    while held:
+        _DONE.extend(map(_RELEASE, map(held.pop, (-1,))))
+
+
+_ACQUIRE = operator.methodcaller("acquire")
+_RELEASE = operator.methodcaller("release")
+_DONE: collections.deque[None] = collections.deque(maxlen=0)
+
+
+# What these raise, Python only reports, and forks. So each is done to its end, whatever a signal's
+# handler raises in the middle of it.
 
 
 def _before_fork() -> None:
+    _finish(_stand_still)
+
+
+def _after_fork_in_parent() -> None:
+    _finish(_go_on)
+
+
+def _after_fork_in_child() -> None:
+    _finish(_begin_anew)
+
+
+def _finish(step: Callable[[], None]) -> None:
+    try:
+        interrupt = surely(step)
+    except BaseException:  # on the way into it or out of it
+        surely(step)
+        raise
+    if interrupt is not None:
+        raise interrupt
+
+
+def _stand_still() -> None:
     while True:
         # A database's locks come before opening, as in a reopening.
         for database in sorted(set(databases).difference(_at_rest), key=id):
             database.before_fork()
             _at_rest.append(database)
-        opening.acquire()
+        if not _opening_held:
+            acquire(_opening_held, opening)
         if set(databases) <= set(_at_rest):
             return
-        opening.release()
+        release_all(_opening_held)
 
 
-def _after_fork_in_parent() -> None:
+def _go_on() -> None:
     while _at_rest:
-        _at_rest.pop().after_fork_in_parent()
-    opening.release()
+        _at_rest[-1].after_fork_in_parent()
+        _at_rest.pop()
+    release_all(_opening_held)
 
 
-def _after_fork_in_child() -> None:
+def _begin_anew() -> None:
     global opening  # noqa: PLW0603
-    opening = threading.Lock()
     doorbell.forget()
     identity.forget()
-    while _at_rest:
-        _at_rest.pop().after_fork_in_child()
+    for database in list(databases):
+        database.after_fork_in_child()
+    _at_rest.clear()
+    _opening_held.clear()
+    opening = threading.Lock()
 
 
 def detach(connection: apsw.Connection) -> None:
@@ -103,8 +154,9 @@ def detach(connection: apsw.Connection) -> None:
             ctypes.memmove(region, content, length)
 
 
-os.register_at_fork(
-    before=_before_fork,
-    after_in_parent=_after_fork_in_parent,
-    after_in_child=_after_fork_in_child,
-)
+for _ in range(2):  # an interrupt may strike before the first has come as far as its handler
+    os.register_at_fork(
+        before=_before_fork,
+        after_in_parent=_after_fork_in_parent,
+        after_in_child=_after_fork_in_child,
+    )

@@ -132,20 +132,30 @@ class Session:
         self.guard.release()
 
     def abandon(self) -> None:
-        """In a forked child: let go all that is the parent's, and leave no trace in the file."""
+        """In a forked child: let go all that is the parent's, and leave no trace in the file.
+
+        Idempotent, as far as it came.
+        """
         self.turnstile.close()
         self.reserve.close()
         self.marks.close()
-        try:
-            if self.connection.in_transaction:
-                forks.detach(self.connection)
-        except apsw.ThreadingViolationError:  # it is in the middle of a statement
-            self.patience.forked = True
-            return
         for connection in (self.reader, self.connection):
             if connection is not None:
-                connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
-                connection.close()
-        if self.wal_descriptor is not None:
-            os.close(self.wal_descriptor)
+                try:
+                    self._abandon(connection)
+                except apsw.ConnectionClosedError:  # by this, when it was cut off
+                    pass
+                except apsw.ThreadingViolationError:  # it is in the middle of a statement
+                    self.patience.forked = True
+                    return
+        descriptor, self.wal_descriptor = self.wal_descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
         self.guard.release()
+
+    @staticmethod
+    def _abandon(connection: Connection) -> None:
+        if connection.in_transaction:
+            forks.detach(connection)
+        connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+        connection.close()

@@ -545,10 +545,17 @@ class Store:
             path: Of a file that isn't there yet.
 
         Raises:
-            StoreError: it is there, or can't be written; what was begun is removed.
+            StoreError: it is there, or can't be written, or beside it lies what is left of another
+                file of that name; what was begun is removed.
         """
         target = opening.check_path(path)
         self._database.ensure_open()
+        for end in ("-wal", "-journal", "-shm"):
+            if os.path.lexists(target + end):
+                raise StoreError(
+                    f"{target + end}: it is left of another file, and SQLite would carry it over "
+                    "into this one; remove it first"
+                )
         try:
             descriptor = os.open(target, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
         except OSError as error:

@@ -812,6 +812,18 @@ def test_a_backup_goes_to_a_new_file_and_to_nothing_else(kept, tmp_path, kind):
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.parametrize("end", ["-wal", "-shm", "-journal"])
+def test_a_backup_refuses_what_is_left_of_another_file(kept, tmp_path, end):
+    """Else SQLite would carry an old -wal over into what is restored there."""
+    target = tmp_path / "copy.db"
+    left = tmp_path / f"copy.db{end}"
+    left.write_bytes(b"old")
+    with pytest.raises(sqlspace.StoreError, match=f"copy.db{end}: .*remove it first"):
+        kept.backup(target)
+    assert not target.exists()
+    assert left.read_bytes() == b"old"
+
+
 # -- what lies
 
 

@@ -62,6 +62,10 @@ DEFENCES = {
         "connection.check_in_place",
         "test_open.test_a_file_with_a_second_hard_link_is_refused",
     ),
+    "an old -wal beside a restored file": (
+        "store.Store.backup",
+        "test_bad_input.test_a_backup_refuses_what_is_left_of_another_file",
+    ),
     "Ctrl-C anywhere in a verb": (
         "waiting.surely",
         "test_committer.test_ctrl_c_anywhere_undoes_the_call_it_strikes_and_no_other",

@@ -255,6 +255,42 @@ def test_a_forked_child_is_safe_when_its_parent_ends(path, tmp_path, child, end)
         parent.finish()
 
 
+INTERRUPTED_FORKS = """
+import os, sys
+from interrupts import every_step, interrupted
+from sqlspace.connection import holds_lock
+
+sys.unraisablehook = lambda _: None  # all that becomes of it, for it strikes in a hook
+me = os.getpid()
+store, other = sqlspace.open(argv[0]), sqlspace.open(argv[0])
+pushed = 0
+for steps in every_step(int(argv[1])):
+    store.push("k", b"parent")
+    other.peek("k")
+    _, further = interrupted(os.fork, *steps)
+    if os.getpid() != me:
+        store.push("k", b"child")
+        other.push("k", b"child")
+        os._exit(0 if holds_lock(argv[0]) else 3)
+    _, status = os.wait()
+    assert status == 0, (steps, os.waitstatus_to_exitcode(status))
+    other.push("k", b"parent")
+    pushed += 4
+    if not further:
+        break
+assert store.len("k") == pushed
+tell(steps[0] > 100)
+"""
+
+
+@pytest.mark.parametrize("gap", [1, 20])
+def test_ctrl_c_anywhere_in_the_moment_of_a_fork_leaves_both_a_store_of_their_own(path, child, gap):
+    """It reaches parent and child at once; what a fork has to do is done all the same."""
+    parent = child(INTERRUPTED_FORKS, path, gap)
+    parent.expect("True")
+    parent.finish()
+
+
 def holds_posix_lock(pid, path):
     inode = os.stat(path).st_ino
     with open("/proc/locks", encoding="ascii") as file:

@@ -389,14 +389,18 @@ def compact(*, store: Store, as_json: bool) -> None:
         terminal.write_line(f"{before} before, {after} after")
 
 
-@commands.command(epilog=options.examples("sqlspace backup queue.db queue-monday.db"))
+@commands.command(
+    epilog=options.examples(
+        "sqlspace backup queue.db queue-monday.db", "sqlspace backup queue-monday.db queue.db"
+    )
+)
 @options.database
 @click.argument("target")
 @options.opened
 def backup(*, store: Store, target: str) -> None:
-    """Copy DATABASE to TARGET, while it is in use.
+    """Copy DATABASE to TARGET, while it is in use; or bring a copy back.
 
-    TARGET must not be there yet.
+    TARGET must not be there yet, nor a TARGET-wal, which SQLite would carry over into it.
     """
     store.backup(target)
 
