@@ -51,6 +51,8 @@ _SPARE_PAGES = 32
 # is a tenth of that; what splits many pages at once, the spare ones cover.
 _PUSH_PAGES = 1
 
+_BLOCK_BYTES = 512  # that stat counts in
+
 _PATIENCE_SECONDS = 0.1  # for those who read; one that never ends must not stop every push
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -363,10 +365,10 @@ def _is_ours(descriptor: int) -> bool:
 
 def _fill_holes(descriptor: int) -> None:
     """A copy may have holes where this had room."""
-    size = os.lseek(descriptor, 0, os.SEEK_END)
+    found = os.fstat(descriptor)
     try:
-        if size > _CONTENT_BYTES:
-            _allocate(descriptor, 0, size)
+        if found.st_size > max(_CONTENT_BYTES, found.st_blocks * _BLOCK_BYTES):
+            _allocate(descriptor, 0, found.st_size)
     except OSError as error:
         if error.errno not in _FULL:
             raise
