@@ -191,8 +191,7 @@ def entry_with_one_large(number):
     return os.urandom(8_000_000 if number == 20 else 20_000)
 
 
-@pytest.mark.parametrize("reopens", [False, True])
-@pytest.mark.parametrize("sync", [True, "group"])
+@pytest.mark.parametrize(("sync", "reopens"), [(True, False), (True, True), ("group", False)])
 @pytest.mark.parametrize(
     ("threads", "payload"), [(1, entry(50_000)), (8, entry(20_000)), (1, entry_with_one_large)]
 )
@@ -307,6 +306,22 @@ def test_a_push_that_the_reserve_can_not_be_made_to_cover_changes_nothing(small,
         store.push("k", bytes(2 * MEGABYTE))
         assert size(path) > 4 * MEGABYTE
         small.capacity = 1 << 62
+
+
+def test_where_the_wal_can_not_take_a_large_push_the_reserve_does_not_grow_for_it(
+    path, monkeypatch
+):
+    """Else one that was refused would have used up the room of all others."""
+    with sqlspace.open(path) as store:
+        store.push("k", b"x")
+        kept = size(path)
+        with monkeypatch.context() as patch:
+            patch.setattr(reserve.Reserve, "_is_room", lambda *_: False)
+            with pytest.raises(FullError):
+                store.push("k", bytes(8 * MEGABYTE))
+        assert size(path) == kept
+        store.push("k", bytes(8 * MEGABYTE))
+        assert size(path) > 16 * MEGABYTE
 
 
 def test_a_transaction_that_only_takes_makes_room_for_the_next(small, path):
