@@ -75,7 +75,12 @@ class BusyError(StoreError):
 
 
 class FullError(StoreError):
-    """There is no room left on the disk. Nothing changed."""
+    """There is no room left on the disk. Nothing changed.
+
+    Pushes raise it while there still is room for those that take: see `sqlspace.reserve`. Who takes
+    very many entries in one call may get it all the same; fewer at once will do. A transaction that
+    only takes can be tried again at once.
+    """
 
 
 class UndecidedError(StoreError):

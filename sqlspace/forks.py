@@ -154,7 +154,7 @@ def detach(connection: apsw.Connection) -> None:
             ctypes.memmove(region, content, length)
 
 
-for _ in range(2):  # an interrupt may strike before the first has come as far as its handler
+for _ in range(3):  # an interrupt may strike before the first has come as far as its handler
     os.register_at_fork(
         before=_before_fork,
         after_in_parent=_after_fork_in_parent,

@@ -28,6 +28,7 @@ from .waiting import Waiter
 
 __all__ = ["Batch", "Push", "push", "push_many", "push_when_room"]
 
+_LONGEST_PAGE = 65536
 _INDEX_BYTES = 32  # of a row, or of its place in an index, beside the key
 
 
@@ -159,9 +160,9 @@ class Batch(NamedTuple):
 
     @property
     def size(self) -> int:
-        """By how many bytes the file may grow for them, about."""
+        """By how many bytes the file may grow for them: a page may have room for one and a half."""
         row = 4 * (len(self.key.encode()) + _INDEX_BYTES)
-        return sum(map(len, self.payloads)) + row * len(self.payloads)
+        return sum(len(each) + min(len(each), _LONGEST_PAGE) + row for each in self.payloads)
 
     def add(self, connection: Connection) -> list[int]:
         """In the caller's transaction; their seqs."""

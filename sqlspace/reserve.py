@@ -51,6 +51,8 @@ _SPARE_PAGES = 32
 # is a tenth of that; what splits many pages at once, the spare ones cover.
 _PUSH_PAGES = 1
 
+_BLOCK_BYTES = 512  # that stat counts in
+
 _PATIENCE_SECONDS = 0.1  # for those who read; one that never ends must not stop every push
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -116,8 +118,13 @@ class Reserve:
         self._ensure(connection, 0, 0)
 
     def give_back(self, connection: Connection) -> None:
-        """A take has found the disk full: let it have this room; outside of a transaction."""
+        """A take has found the disk full: let it have this room; outside of a transaction.
+
+        What it leaves is the reserve again from the next operation on: else the -wal would take all
+        of it, and when that must be checkpointed the file couldn't grow by a single page.
+        """
         self._left = 0
+        self.due = True
         if not self._missing and self._open() and self._descriptor is not None:
             _cut(self._descriptor, _CONTENT_BYTES)
         # What it was kept for; then the -wal is written from its beginning, and needs no more room.
@@ -160,7 +167,9 @@ class Reserve:
             return self._missing
         if not self._page_bytes:
             self._page_bytes = connection.pragma("page_size")
-        more = size + size // 64 + pushes * _PUSH_PAGES * self._page_bytes
+        # A push leaves more than it must: while the file is drained it grows by a page or two.
+        pages = pushes * _PUSH_PAGES + _SPARE_PAGES if pushes else 0
+        more = size + size // 64 + pages * self._page_bytes
         wal = os.lseek(self._wal_descriptor, 0, os.SEEK_END)
         if self._extend(self._needed(wal + more, wal + more)):
             return True
@@ -356,10 +365,10 @@ def _is_ours(descriptor: int) -> bool:
 
 def _fill_holes(descriptor: int) -> None:
     """A copy may have holes where this had room."""
-    size = os.lseek(descriptor, 0, os.SEEK_END)
+    found = os.fstat(descriptor)
     try:
-        if size > _CONTENT_BYTES:
-            _allocate(descriptor, 0, size)
+        if found.st_size > max(_CONTENT_BYTES, found.st_blocks * _BLOCK_BYTES):
+            _allocate(descriptor, 0, found.st_size)
     except OSError as error:
         if error.errno not in _FULL:
             raise

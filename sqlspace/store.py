@@ -658,7 +658,7 @@ def open(
             all. Of several stores that have the file open, the smallest number counts.
         embed: Whether the file may be another application's database. It is switched to WAL and
             gets our tables, all named `sqlspace_…`; nothing else of it is touched.
-        mode: The permissions of a new file, -wal and -shm included.
+        mode: The permissions of a new file, -wal, -shm and -reserve included.
         busy_timeout: Seconds until a verb gives up on a write lock that others hold.
         allow_network: Whether the file may lie on a network file system, where several machines
             that have it open would corrupt it.

@@ -256,7 +256,7 @@ def test_a_forked_child_is_safe_when_its_parent_ends(path, tmp_path, child, end)
 
 
 INTERRUPTED_FORKS = """
-import os, sys
+import itertools, os, sys
 from interrupts import every_step, interrupted
 from sqlspace.connection import holds_lock
 
@@ -264,7 +264,7 @@ sys.unraisablehook = lambda _: None  # all that becomes of it, for it strikes in
 me = os.getpid()
 store, other = sqlspace.open(argv[0]), sqlspace.open(argv[0])
 pushed = 0
-for steps in every_step(int(argv[1])):
+for steps in itertools.islice(every_step(int(argv[1])), int(argv[2]), None, 9):
     store.push("k", b"parent")
     other.peek("k")
     _, further = interrupted(os.fork, *steps)
@@ -283,10 +283,10 @@ tell(steps[0] > 100)
 """
 
 
-@pytest.mark.parametrize("gap", [1, 20])
-def test_ctrl_c_anywhere_in_the_moment_of_a_fork_leaves_both_a_store_of_their_own(path, child, gap):
+@pytest.mark.parametrize(("gap", "first"), [(1, 0), (1, 3), (20, 6)])
+def test_ctrl_c_in_the_moment_of_a_fork_leaves_both_a_store_of_their_own(path, child, gap, first):
     """It reaches parent and child at once; what a fork has to do is done all the same."""
-    parent = child(INTERRUPTED_FORKS, path, gap)
+    parent = child(INTERRUPTED_FORKS, path, gap, first)
     parent.expect("True")
     parent.finish()
 
