@@ -498,7 +498,8 @@ class Run:
 
     def requeue(self):
         key = self.key()
-        back = dict.fromkeys(self.live(f"{key}/dead"), Fact(None, key))
+        dead = [p for p, fact in self.live(key).items() if p not in self.cleared(key)]
+        back = dict.fromkeys([*self.live(f"{key}/dead"), *dead], Fact(None, key))
         self.do("requeue", lambda: self.store.requeue(key), lambda _: back)
 
     def compact(self):
