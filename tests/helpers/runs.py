@@ -81,6 +81,8 @@ class Fact:
             return True  # moved to the dead letters, or not yet
         if (self.seq is not None and seq != self.seq) or key != self.key:
             return False
+        if self.token is None:
+            return token is None
         return not self.is_leased(now) or (state == 2 and token == self.token)
 
 
