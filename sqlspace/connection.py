@@ -172,6 +172,15 @@ def _is_empty(path: str) -> bool:
 def connect(options: Options, flags: int) -> Connection:
     """A connection with our settings, which doesn't checkpoint when it is closed."""
     connection = Connection(options.path, flags, options.vfs)
+    try:
+        _set_up(connection, options)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _set_up(connection: Connection, options: Options) -> None:
     connection.set_busy_timeout(int(options.busy_timeout * 1000))
     for setting, value in (
         (apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1),
@@ -191,7 +200,6 @@ def connect(options: Options, flags: int) -> Connection:
     if options.sync:  # where fsync doesn't reach the platter (macOS)
         connection.pragma("fullfsync", 1)
         connection.pragma("checkpoint_fullfsync", 1)
-    return connection
 
 
 def _look(options: Options) -> int:

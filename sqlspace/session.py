@@ -4,6 +4,7 @@ Two connections, one for writing and one for browsing; a descriptor of the -wal,
 the marks and our own sync; the watch over the file's identity, the bell, the guard.
 """
 
+import contextlib
 import os
 import time
 
@@ -95,7 +96,11 @@ class Session:
         """The connection for browsing; made when first needed."""
         if self.reader is None:
             reader = connect(options, apsw.SQLITE_OPEN_READWRITE)
-            reader.pragma("query_only", 1)
+            try:
+                reader.pragma("query_only", 1)
+            except BaseException:
+                reader.close()
+                raise
             self.reader = reader
         return self.reader
 
@@ -106,14 +111,15 @@ class Session:
         self._close_files()
 
     def _close_files(self) -> None:
-        self.identity.close()
-        if self.reader is not None:
-            self.reader.close()
-        self.connection.close()
-        if self.wal_descriptor is not None:
-            os.close(self.wal_descriptor)
-            self.wal_descriptor = None
-        self.guard.release()
+        with contextlib.ExitStack() as closing:  # from the last on, all of it, whatever one raises
+            closing.callback(self.guard.release)
+            if self.wal_descriptor is not None:
+                closing.callback(os.close, self.wal_descriptor)
+                self.wal_descriptor = None
+            closing.callback(self.connection.close)
+            if self.reader is not None:
+                closing.callback(self.reader.close)
+            self.identity.close()
 
     def abandon(self) -> None:
         """In a forked child: let go all that is the parent's, and leave no trace in the file."""
