@@ -63,7 +63,7 @@ class Session:
         try:
             self.file_id = self.connection.execute(SELECT_FILE_ID).get
             if os.path.exists(path + "-wal"):  # not so under a vfs that keeps its files elsewhere
-                self.wal_descriptor = os.open(path + "-wal", os.O_RDONLY | os.O_CLOEXEC)
+                self.wal_descriptor = os.open(path + "-wal", os.O_RDWR | os.O_CLOEXEC)
                 self.identity = Identity(path, path + "-wal")
                 if not self.identity.stands() or has_moved(self.connection):
                     raise MovedError(f"{path}: it was moved while it was opened")
