@@ -213,7 +213,7 @@ OPENING = 8  # so many syncs make the file; others are named with what is plante
 def test_a_planted_bug_is_found(name):
     """A proof in which this doesn't fail would prove nothing."""
     script, how, patch, first = (*PLANTS[name], OPENING)[:4]
-    injector = Injector(part=0.3, goes_on=0, plant=Plant(patch=patch))
+    injector = Injector(part=0.5, goes_on=0, plant=Plant(patch=patch))
     syncs = FaultyRun(script, SOUND)
     syncs()
     for number in range(first, syncs.fault.counts["sync"] + 1):

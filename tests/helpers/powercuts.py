@@ -167,13 +167,14 @@ class Walk:
 
     def next_run(self, name, files, seen):
         """What goes on after a power cut: what was under way is as it was seen, for ever."""
-        facts = dict(self.facts)
+        facts, top = dict(self.facts), self.top
         for deed in self.under_way:
             for payload, either in (*deed.effects.items(), *deed.might.items()):
                 row = seen.live.get(payload)
                 if fitting := [fact for fact in either if self.fits(fact, row)]:
-                    facts[payload] = likeliest(fitting, row)
-        return Run(name, files, facts, self.top, self.now, self.run.plant)
+                    facts[payload] = fact = likeliest(fitting, row)
+                    top = max(top, fact.seq or 0 if fact else 0)  # dedupe may find it
+        return Run(name, files, facts, top, self.now, self.run.plant)
 
 
 class Explorer:
