@@ -39,6 +39,7 @@ from .connection import (
     roll_back,
     run,
     sync,
+    sync_anew,
 )
 from .doorbell import Doorbell, Stirring
 from .errors import (
@@ -446,7 +447,8 @@ class Database:
         """Sync the -wal ourselves, outside of the turnstile, so that others' syncs go on meanwhile.
 
         If it fails, the system takes the pages for clean, and all can see what may never reach the
-        disk. So everything is moved into the file itself, and that is synced.
+        disk. So it is written anew. A checkpoint instead would do, but for the power cut in the
+        middle of it: it relies on a -wal that isn't on the disk.
         """
         assert session.wal_descriptor is not None
         try:
@@ -455,8 +457,12 @@ class Database:
             log.warning("%s: the -wal could not be synced: %s", self.options.path, error)
             session.patience.deadline = time.monotonic() + self._busy_timeout
             try:
-                session.connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
-            except apsw.Error:
+                session.connection.execute("BEGIN IMMEDIATE")
+                try:
+                    sync_anew(session.wal_descriptor)
+                finally:
+                    roll_back(session.connection)
+            except (apsw.Error, OSError):
                 raise self._undecided() from error
 
     def _seize(self, held: list[Any]) -> Session:
@@ -637,6 +643,7 @@ class Database:
         def step(session: Session) -> None:
             if not schema.is_embedded(session.connection):
                 session.connection.execute("VACUUM")
+                self._confirm(session)  # else a checkpoint's failed sync could lose it
 
         self._by_itself(step)
 
