@@ -139,7 +139,7 @@ class _File(apsw.VFSFile):
 
 
 def own_sync(recorder):
-    """In place of `sqlspace.database.sync`: noted like one of SQLite's."""
+    """In place of `sqlspace.commits.sync`: noted like one of SQLite's."""
 
     def sync(descriptor):
         path = os.readlink(f"/proc/self/fd/{descriptor}")

@@ -21,7 +21,7 @@ import pytest
 from disks import Recorder, own_sync
 
 import sqlspace
-from sqlspace import clock, database, schema
+from sqlspace import clock, commits, schema
 
 __all__ = ["MEMORY", "SOUND", "VERBS", "Fact", "Member", "Plant", "Run", "Violation"]
 
@@ -194,7 +194,7 @@ class Run:
             patch.setattr(clock, "now", lambda: self.now)
             patch.setattr(os, "urandom", self.dice.randbytes)
             patch.setattr(secrets, "token_hex", lambda number: self.dice.randbytes(number).hex())
-            patch.setattr(database, "sync", own_sync(self.recorder))
+            patch.setattr(commits, "sync", own_sync(self.recorder))
             stack.enter_context(seeded(self.dice))
             self.plant.patch(self, patch)
             stack.callback(self.close)
