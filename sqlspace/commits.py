@@ -166,10 +166,10 @@ class Commits:
     def _carry_out(self, session: Session, operation: Operation) -> Iterable[str]:
         """Do it, and commit; tokens."""
         connection = session.connection
+        self.boot(session)  # first, for it may use the reserve
         if operation.adds is not None:
             alone = session.marks.alone
             session.reserve.cover(connection, operation.adds, operation.largest, alone=alone)
-        self.boot(session)
         tokens = None if operation.whole else operation.step(connection)
         if tokens is None:
             connection.execute("BEGIN IMMEDIATE")

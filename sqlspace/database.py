@@ -560,7 +560,7 @@ class Database:
             self.spoil(MovedError(moved))
             raise MovedError(moved, undecided)
         session.marks.look_around(hears=session.identity.hears)
-        session.reserve.due = True
+        session.reserve.remind()
 
     def spoil(self, error: StoreError) -> None:
         """From now on, every verb raises this."""
