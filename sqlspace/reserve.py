@@ -377,7 +377,7 @@ def _make(path: str, flags: int) -> int:
 def _is_ours(descriptor: int) -> bool:
     """Whether it may be truncated: a file with one name, and in it what we write or zeros."""
     found = os.fstat(descriptor)
-    if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
         return False
     title = os.pread(descriptor, len(_TITLE), 0)
     if title == _TITLE:

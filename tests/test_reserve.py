@@ -444,6 +444,14 @@ def test_a_copy_of_it_that_has_holes_or_only_zeros_is_filled(path):
         assert file.read(8) == b"sqlspace"
 
 
+def test_one_that_is_deleted_while_it_is_opened_is_no_strangers(path):
+    """It has no name any more, which is not one too many."""
+    with open(path, "wb+", buffering=0) as file:
+        file.write(reserve._TITLE)
+        os.unlink(path)
+        assert reserve._is_ours(file.fileno())
+
+
 @pytest.mark.parametrize("length", [0, 1, 100, len(reserve._TITLE)])
 def test_what_a_power_cut_left_of_its_first_lines_is_still_ours(path, length):
     """Else it would be taken for somebody's own file, and its room never be given back."""
