@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import apsw
 
 from .committer import Committer, Operation
-from .connection import Connection, Options, nested, roll_back, run, sync
+from .connection import Connection, Options, nested, roll_back, run, sync, sync_anew
 from .errors import MovedError, SpaceError, StoreError, UndecidedError
 from .session import UPDATE_BOOTS, Session
 from .waiting import surely
@@ -346,7 +346,8 @@ class Commits:
         """Sync the -wal ourselves, outside of the turnstile, so that others' syncs go on meanwhile.
 
         If it fails, the system takes the pages for clean, and all can see what may never reach the
-        disk. So everything is moved into the file itself, and that is synced.
+        disk. So it is written anew. A checkpoint instead would do, but for the power cut in the
+        middle of it: it relies on a -wal that isn't on the disk.
         """
         assert session.wal_descriptor is not None
         try:
@@ -355,8 +356,12 @@ class Commits:
             log.warning("%s: the -wal could not be synced: %s", self._path, error)
             session.patience.deadline = time.monotonic() + self._busy_timeout
             try:
-                session.connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
-            except apsw.Error:
+                session.connection.execute("BEGIN IMMEDIATE")
+                try:
+                    sync_anew(session.wal_descriptor)
+                finally:
+                    roll_back(session.connection)
+            except (apsw.Error, OSError):
                 raise self._undecided() from error
 
     # -- when it fails

@@ -373,6 +373,7 @@ class Database:
         def step(session: Session) -> None:
             if not schema.is_embedded(session.connection):
                 session.connection.execute("VACUUM")
+                self._commits.confirm(session)  # else a checkpoint's failed sync could lose it
 
         self._by_itself(step)
 
