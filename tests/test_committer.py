@@ -18,7 +18,7 @@ from children import PATIENCE_SECONDS, eventually
 from interrupts import interrupted
 
 import sqlspace
-from sqlspace import committer, database, taking
+from sqlspace import commits, committer, taking
 from sqlspace.committer import Committer, Work
 from sqlspace.errors import (
     BusyError,
@@ -306,7 +306,7 @@ def test_with_group_nobody_is_answered_before_the_sync(path, monkeypatch, verb, 
         prepare(store)
         syncing, go = threading.Event(), threading.Event()
         syncs = itertools.count()
-        sync = database.sync
+        sync = commits.sync
 
         def stand(descriptor):
             if next(syncs) == int(follows):  # not of who stands inside
@@ -314,7 +314,7 @@ def test_with_group_nobody_is_answered_before_the_sync(path, monkeypatch, verb, 
                 assert go.wait(PATIENCE_SECONDS)
             sync(descriptor)
 
-        monkeypatch.setattr(database, "sync", stand)
+        monkeypatch.setattr(commits, "sync", stand)
         if follows:
             calls = []
             with standing(store):
@@ -1407,7 +1407,7 @@ def group(path):
 def test_with_group_sqlite_syncs_nothing_of_a_commit_and_we_do(group, path, monkeypatch):
     """NORMAL, and one fdatasync of the -wal a batch; the attribute and a pickle say group."""
     syncs = []
-    monkeypatch.setattr(database, "sync", syncs.append)
+    monkeypatch.setattr(commits, "sync", syncs.append)
     connection = group._database._session.connection
     assert connection.pragma("synchronous") == 1
     with pickle.loads(pickle.dumps(group)) as copy:
@@ -1443,7 +1443,7 @@ def test_a_transaction_of_group_lets_others_in_while_it_syncs(group, path, monke
         with group.transaction() as transaction:
             transaction.push("k", b"x")
 
-    monkeypatch.setattr(database, "sync", stand)
+    monkeypatch.setattr(commits, "sync", stand)
     call = Call(together)
     assert syncing.wait(PATIENCE_SECONDS)
     with sqlspace.open(path, sync=False) as other:
@@ -1471,7 +1471,7 @@ def test_after_a_sync_that_fails_the_wal_is_written_anew(group, path, monkeypatc
     group.push("k", b"x")
     sound = os.pwrite
     monkeypatch.setattr(os, "pwrite", pwrite)
-    monkeypatch.setattr(database, "sync", broken)
+    monkeypatch.setattr(commits, "sync", broken)
     if calls == 1:
         group.push("k", b"x")
     else:
@@ -1489,10 +1489,10 @@ def test_a_sync_that_fails_twice_is_undecided_for_all(path, monkeypatch, calls):
         store.push("k", b"x")
         monkeypatch.setattr(sqlspace.connection, "sync", broken)
         if calls == 1:
-            monkeypatch.setattr(database, "sync", broken)
+            monkeypatch.setattr(commits, "sync", broken)
             found = [Call(store.push, "k", b"x").end()]
         else:
-            with standing(store, step=lambda _: monkeypatch.setattr(database, "sync", once) or ()):
+            with standing(store, step=lambda _: monkeypatch.setattr(commits, "sync", once) or ()):
                 syncs = itertools.count()
 
                 def once(_):

@@ -10,7 +10,8 @@ from proof import tried
 from runs import SOUND, VERBS, Plant
 
 import sqlspace
-from sqlspace import connection, database
+from sqlspace import commits, connection
+from sqlspace.commits import Commits
 from sqlspace.database import Database
 from sqlspace.errors import StoreError
 from sqlspace.taking import Grab
@@ -118,17 +119,17 @@ def test_a_fault_is_made_again_from_the_name_of_its_image():
 
 def fence(statement):
     """What is committed after a commit that failed."""
-    return lambda _, patch: patch.setattr(database, "UPDATE_BOOTS", statement)
+    return lambda _, patch: patch.setattr(commits, "UPDATE_BOOTS", statement)
 
 
 def ignore_the_own_sync(_, patch):
-    sound = database.sync
+    sound = commits.sync
 
     def sync(descriptor):
         with contextlib.suppress(OSError):
             sound(descriptor)
 
-    patch.setattr(database, "sync", sync)
+    patch.setattr(commits, "sync", sync)
 
 
 def checkpoint_instead(_, patch):
@@ -136,14 +137,14 @@ def checkpoint_instead(_, patch):
 
     def _sync(self, session):
         try:
-            database.sync(session.wal_descriptor)
+            commits.sync(session.wal_descriptor)
         except OSError as error:
             try:
                 session.connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
             except apsw.Error:
                 raise self._undecided() from error
 
-    patch.setattr(Database, "_sync", _sync)
+    patch.setattr(Commits, "_sync", _sync)
 
 
 def undo_what_was_rolled_back(run, patch):
@@ -152,15 +153,15 @@ def undo_what_was_rolled_back(run, patch):
     def take(other, key):
         run.do("pullp", lambda: other.pullp(key), lambda payload: run.gone((key,), [payload]))
 
-    def _take_back(self, session, error, operation):
-        database.roll_back(session.connection)
+    def take_back(self, session, error, operation):
+        connection.roll_back(session.connection)
         session.turnstile.leave()
         if isinstance(operation, Grab) and run.fault.over:
             with sqlspace.open(run.path, vfs=run.recorder.name) as other:
                 take(other, operation.head.key)
             operation.undo(session.connection)
 
-    patch.setattr(Database, "_take_back", _take_back)
+    patch.setattr(Commits, "take_back", take_back)
 
 
 def do_not_confirm_a_vacuum(_, patch):
@@ -168,14 +169,14 @@ def do_not_confirm_a_vacuum(_, patch):
 
     def vacuum(self):
         with pytest.MonkeyPatch.context() as inner:
-            inner.setattr(Database, "_confirm", lambda *_: None)
+            inner.setattr(Commits, "confirm", lambda *_: None)
             sound(self)
 
     patch.setattr(Database, "vacuum", vacuum)
 
 
 def plainly(self):
-    return StoreError(f"{self.options.path}: the disk failed")
+    return StoreError(f"{self._path}: the disk failed")
 
 
 # With the script, and how the syncs fail that show it.
@@ -189,13 +190,13 @@ PLANTS = {
     "undecided, reported as a plain StoreError": (
         "full",
         "stuck",
-        lambda _, patch: patch.setattr(Database, "_undecided", plainly),
+        lambda _, patch: patch.setattr(Commits, "_undecided", plainly),
     ),
     "an own sync's failure ignored": ("group", "once", ignore_the_own_sync),
     "nothing done after an own sync that failed": (
         "group",
         "once",
-        lambda _, patch: patch.setattr(database, "sync_anew", lambda _: None),
+        lambda _, patch: patch.setattr(commits, "sync_anew", lambda _: None),
     ),
     "a checkpoint after an own sync that failed": ("group", "once", checkpoint_instead),
     "a -wal that was left behind, trusted": (

@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 import apsw
 
-from sqlspace import clock, connection, database
+from sqlspace import clock, commits, connection
 
 __all__ = ["DRAWN", "Disk", "Event", "OwnSyncs", "Recorder"]
 
@@ -180,8 +180,8 @@ class OwnSyncs:
 
     def patch(self, patch):
         """Take their place."""
-        patch.setattr(database, "sync", self.sync)
-        for module in (database, connection):
+        patch.setattr(commits, "sync", self.sync)
+        for module in (commits, connection):
             patch.setattr(module, "sync_anew", self.sync_anew)
 
     def opened(self, descriptor):
