@@ -31,7 +31,7 @@ from sqlspace.errors import (
     StoreError,
     UndecidedError,
 )
-from sqlspace.waiting import MISSING, Waiter
+from sqlspace.waiting import LOOK_AGAIN_SECONDS, MISSING, Waiter
 
 
 @pytest.fixture
@@ -208,6 +208,17 @@ def test_all_who_wait_for_the_writer_share_one_commit(store):
     assert (store.len("pullp"), store.len("ack"), store.len("nack")) == (0, 0, 1)
     assert (payloads(store, "put"), payloads(store, "new")) == ([b"2"], [b"x"])
     check_at_rest(store)
+
+
+@pytest.mark.usefixtures("_only_rings")
+def test_what_is_committed_together_wakes_who_waits_for_it(store):
+    """Each for what it has added, as if it were alone."""
+    waiting = [Call(store.pull, key) for key in ("j", "k")]
+    eventually(lambda: set(store._database.bell._takers) == {"j", "k"}, "two waits")
+    in_one_batch(store, lambda: store.push("j", b"1"), lambda: store.push("k", b"2"))
+    for each, wanted in zip(waiting, (b"1", b"2"), strict=True):
+        each.thread.join(LOOK_AGAIN_SECONDS / 2)  # sooner than it would look by itself
+        assert each.value == wanted
 
 
 def test_an_operation_that_is_alone_is_one_commit_and_starts_no_thread(store):

@@ -472,6 +472,43 @@ def test_a_call_that_waits_has_looked_twice(store, monkeypatch, verb):
     assert len(looks) == 3
 
 
+@pytest.mark.usefixtures("_only_rings")
+def test_what_is_pushed_right_after_the_last_look_wakes_who_goes_to_sleep(store, monkeypatch):
+    """Who is enrolled looks once more, and is rung for from before that look on."""
+    looks = []
+    run = taking.Grab.run
+
+    def slow(grab):
+        found = run(grab)
+        looks.append(found)
+        if len(looks) == 2:
+            join = in_threads(1, lambda _: store.push("k", b"x"))
+            join()
+        return found
+
+    monkeypatch.setattr(taking.Grab, "run", slow)
+    thread = threading.Thread(target=store.pull, args=("k",))
+    thread.start()
+    thread.join(waiting.LOOK_AGAIN_SECONDS / 2)  # sooner than it would look by itself
+    assert not thread.is_alive()
+    assert looks == [False, False, True]
+
+
+def test_who_leaves_passes_on_a_ring_that_came_in_vain(store):
+    """It has found what it waits for by itself, so the ring was another's."""
+    bell, other = store._database.bell, Waiter()
+
+    def look(waiter, enrolled):
+        if enrolled:
+            bell.enroll(other, ["k"], takes=True)
+            bell.ring("k")
+            waiter.found = "by itself"
+
+    assert taking.wait_for(store._database, look, ["k"], 60, None, restore=print) == "by itself"
+    assert other.park(0)
+    bell.dismiss(other, ["k"])
+
+
 def test_a_handler_may_close_the_store_while_its_thread_is_at_the_bell(path):
     """A signal comes anywhere: also where a waiter is being enrolled, under the bell's lock."""
     store = sqlspace.open(path, sync=False)
