@@ -11,7 +11,8 @@ from children import eventually
 from clocks import install
 
 import sqlspace
-from sqlspace import DeadlineError, LeaseError, ageing, dead_letters
+from sqlspace import DeadlineError, LeaseError, ageing, dead_letters, entries
+from sqlspace import clock as clocks
 
 
 @pytest.fixture
@@ -711,6 +712,23 @@ def test_a_block_that_is_forgotten_is_renewed_no_more(store, clock):
 
 
 # -- dead letters
+
+
+def test_an_ack_that_is_undone_after_a_compact_left_all_as_it_was(store, path):
+    """Its tombstone was deleted meanwhile, or, being the highest row, laid bare."""
+    store.push_many("k", [b"1", b"2"], ttl=1000)
+    claimed = store.claim_many("k", 2, lease=100, max_attempts=3)
+    before = list(store.entries("k"))
+    for each in claimed:
+        each.ack()
+    with sqlspace.open(path, sync=False) as other:
+        other.compact()
+    connection = store._database._session.connection
+    for each in claimed:
+        entries.unack(connection, each._grant)
+    assert list(store.entries("k")) == before
+    for each in claimed:
+        assert entries.extend(connection, each.seq, each._grant.token, clocks.now(), 1)
 
 
 def test_an_extension_that_fails_leaves_the_end_as_it_was(store, clock):

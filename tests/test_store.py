@@ -575,6 +575,20 @@ def test_a_wait_that_an_interrupt_ends_has_taken_nothing(store):
             return
 
 
+def test_what_is_put_back_after_a_compact_is_all_there(store, path):
+    """The tombstone was deleted meanwhile, or, being the highest row, laid bare."""
+    store.push("a", b"1", headers={"x": "y"}, ttl=1000)
+    store.push("a", b"2", headers={"x": "y"}, ttl=1000)
+    before = list(store.entries("a"))
+    grabs = [Grab(store._database, ["a"]) for _ in range(2)]
+    assert all(grab.run() for grab in grabs)
+    with sqlspace.open(path, sync=False) as other:
+        other.compact()
+    for grab in grabs:
+        grab.restore()
+    assert list(store.entries("a")) == before
+
+
 def test_a_pull_that_others_outran_gives_nothing_back(store, path):
     """It saw the head, and another took that first: it is not its own to put back."""
     store.push("a", b"1")

@@ -144,12 +144,24 @@ MUTANTS = [
     _mutant(
         "put-back-over-what-is-live",
         "an entry that was put back and claimed since loses its lease",
-        "excluded.headers,\n                                taken_at = NULL, taken_no = NULL\n"
-        " WHERE state = 3\n",
-        "excluded.headers,\n                                taken_at = NULL, taken_no = NULL\n"
-        " WHERE state >= 0\n",
+        " WHERE state IN (3, 7)\n",
+        "",
         "store::putting_back_twice_does_not_double_what_others_took_meanwhile",
         harmless="a second bolt: that it was put back is noted, too",
+    ),
+    _mutant(
+        "put-back-not-over-the-bare",
+        "an interrupted pull loses an entry whose tombstone a compact has laid bare",
+        " WHERE state IN (3, 7)\n",
+        " WHERE state = 3\n",
+        "store::what_is_put_back_after_a_compact_is_all_there",
+    ),
+    _mutant(
+        "unack-not-over-the-bare",
+        "an interrupted ack loses an entry whose tombstone a compact has laid bare",
+        " WHERE state = 7 OR state = 4 AND",
+        " WHERE state = 4 AND",
+        "delivery::an_ack_that_is_undone_after_a_compact_left_all_as_it_was",
     ),
     _mutant(
         "dedupe-off-by-one",
