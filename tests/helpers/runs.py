@@ -81,6 +81,8 @@ class Fact:
             return True  # moved to the dead letters, or not yet
         if (self.seq is not None and seq != self.seq) or key != self.key:
             return False
+        if self.token is None:
+            return token is None
         return not self.is_leased(now) or (state == 2 and token == self.token)
 
 
@@ -498,7 +500,8 @@ class Run:
 
     def requeue(self):
         key = self.key()
-        back = dict.fromkeys(self.live(f"{key}/dead"), Fact(None, key))
+        dead = [p for p, fact in self.live(key).items() if p not in self.cleared(key)]
+        back = dict.fromkeys([*self.live(f"{key}/dead"), *dead], Fact(None, key))
         self.do("requeue", lambda: self.store.requeue(key), lambda _: back)
 
     def compact(self):
