@@ -474,6 +474,20 @@ def test_an_operation_that_breaks_the_transaction_fails_and_the_others_are_done_
 # -- a commit that fails
 
 
+@pytest.mark.parametrize("whole", [False, True], ids=["push", "transaction"])
+def test_before_the_first_write_there_is_a_commit_of_its_own(path, whole):
+    """It decides what a power cut has left of a write that was refused before."""
+    with sqlspace.open(path, sync=False) as store:
+        for wanted in (2, 1):
+            with counted(store) as commits:
+                if whole:
+                    with store.transaction() as together:
+                        together.push("k", b"x")
+                else:
+                    store.push("k", b"x")
+            assert len(commits) == wanted
+
+
 class Faults:
     """What the disk does to the -wal: the next so many syncs, or writes, fail."""
 
@@ -1144,6 +1158,20 @@ def test_a_file_that_was_moved_wakes_all_with_moved_error(path):
         for call in calls:
             with pytest.raises(MovedError):
                 call.result()
+    store.close()
+
+
+def test_a_transaction_that_was_let_in_looks_whether_the_file_was_moved_meanwhile(path, child):
+    """So its block doesn't begin, and nothing is undecided."""
+    store = sqlspace.open(path, sync=False)
+    store.push("k", b"0")
+    with shut(store, child):
+        call = Call(store.transaction().__enter__)
+        queued(store, 1)
+        os.rename(path, path + ".moved")
+    with pytest.raises(MovedError):
+        call.result()
+    assert not call.error.undecided
     store.close()
 
 

@@ -532,8 +532,7 @@ MUTANTS = [
         "            self._confirm(session)\n            session.bell.ring_all(tokens, operation.besides)\n",
         "            session.bell.ring_all(tokens, operation.besides)\n            self._confirm(session)\n",
         "committer::with_group_nobody_is_answered_before_the_sync",
-        "committer::a_sync_that_fails_is_made_good_by_a_checkpoint",
-        "doorbell::a_file_that_moves_during_the_commit_is_noticed_before_the_answer",
+        harmless="a ring is a hint, and who takes what isn't synced yet syncs it before it has it",
     ),
     _mutant(
         "alone-rings-nobody",
@@ -569,15 +568,14 @@ MUTANTS = [
         "a transaction that waited for its turn goes into a file that was moved",
         "        self._ensure_in_place(session, undecided=False)  # again, for it may have had to wait\n",
         "",
-        "committer::a_file_that_was_moved_wakes_all_with_moved_error",
-        "committer::what_was_committed_into_a_moved_file_is_told_so",
+        "committer::a_transaction_that_was_let_in_looks_whether_the_file_was_moved_meanwhile",
     ),
     _mutant(
         "no-commit-before-the-first",
         "what a power cut left of a write that was refused stands after all",
         "        self._boot(session)\n        tokens = None if operation.whole",
         "        tokens = None if operation.whole",
-        "powercuts::what_was_judged_absent_stays_so_when_the_first_commit_is_repeated",
+        "committer::before_the_first_write_there_is_a_commit_of_its_own",
     ),
     _mutant(
         "the-first-commit-is-not-synced",
@@ -625,8 +623,7 @@ MUTANTS = [
         "after a failure a transaction stays open, and the file is locked",
         "            if not committed:\n                roll_back(connection)\n",
         "            if committed:\n                roll_back(connection)\n",
-        "store::a_full_disk_is_one_clear_error_and_nothing_changes",
-        "committer::a_commit_that_fails_fails_all_in_it_and_nothing_of_it_stands",
+        "delivery::a_lease_that_is_gone_settles_nothing",
     ),
     _mutant(
         "undone-twice",
@@ -636,6 +633,7 @@ MUTANTS = [
         "store::putting_back_twice_does_not_double_what_others_took_meanwhile",
         "store::an_interrupted_call_did_nothing",
         "committer::ctrl_c_anywhere_undoes_the_call_it_strikes_and_no_other",
+        harmless="a second bolt: each undoing is idempotent by itself",
     ),
     _mutant(
         "tidying-stays-open",
