@@ -528,6 +528,17 @@ def test_a_nack_that_a_transaction_forbids_does_not_hide_the_exception_either(st
     assert "could not be given back" in caplog.text
 
 
+def test_a_block_that_could_not_give_back_is_renewed_no_more(store, clock):
+    """So the entry comes back when the lease is over."""
+    store.push("k", b"1")
+    claimed = store.claim("k", lease=30)
+    with pytest.raises(LookupError), store.transaction(), claimed:
+        raise LookupError
+    assert claimed not in store._renewals._due
+    clock.go(30)
+    assert states(store) == [(b"1", "ready")]
+
+
 def test_a_store_that_is_closed_inside_a_block_leaves_the_lease_as_it_is(path, clock):
     """The end of the block says so, and when the lease is over the entry is there again."""
     with sqlspace.open(path, sync=False) as store:
@@ -741,6 +752,29 @@ def test_an_extension_that_fails_leaves_the_end_as_it_was(store, clock):
         claimed.extend(3000)
     connection.set_commit_hook(None)
     assert claimed.deadline == clock.at(30) == store.get("k", claimed.seq).deadline
+
+
+@pytest.mark.parametrize(
+    "settle",
+    [
+        lambda store, claimed: claimed.ack(),
+        lambda store, claimed: claimed.nack(),
+        lambda store, claimed: store.ack_many([claimed]),
+    ],
+    ids=["ack", "nack", "ack_many"],
+)
+def test_a_settling_whose_commit_fails_can_be_said_again(store, settle):
+    """It didn't happen, so the delivery is not settled."""
+    store.push("k", b"1")
+    claimed = store.claim("k", lease=30)
+    connection = store._database._session.connection
+    connection.set_commit_hook(lambda: True)
+    with pytest.raises(sqlspace.StoreError):
+        settle(store, claimed)
+    connection.set_commit_hook(None)
+    assert states(store) == [(b"1", "leased")]
+    settle(store, claimed)
+    assert states(store) != [(b"1", "leased")]
 
 
 def test_a_nack_of_the_last_attempt_makes_a_dead_letter(store, clock, caplog):

@@ -990,6 +990,17 @@ def test_a_file_replaced_by_its_copy_takes_no_more_entries(path, sentry, child):
     store.close()
 
 
+def test_who_closes_after_its_wal_was_replaced_leaves_that_alone(path):
+    """It is another's by now; SQLite would delete whatever stands under the name."""
+    with sqlspace.open(path, sync=False) as store:
+        store.push("k", b"x")
+        os.rename(path + "-wal", path + ".moved")
+        with open(path + "-wal", "wb") as file:
+            file.write(b"another's")
+    with open(path + "-wal", "rb") as file:
+        assert file.read() == b"another's"
+
+
 def test_a_store_whose_directory_was_renamed_loses_nothing(tmp_path, sentry):
     """Soon it raises; what it acknowledged until then is in the file, which moved along."""
     folder = tmp_path / "deep" / "folder"

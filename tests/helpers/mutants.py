@@ -665,11 +665,10 @@ MUTANTS = [
     ),
     _mutant(
         "a-moved-file-is-checkpointed",
-        "the close of a store whose file was replaced writes into another's",
+        "the close of a store whose -wal was replaced deletes another's",
         "session.connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)",
         'session.connection.pragma("user_version")',
-        "doorbell::a_file_replaced_by_its_copy_takes_no_more_entries",
-        "doorbell::a_file_that_moved_underneath_takes_no_more_entries",
+        "doorbell::who_closes_after_its_wal_was_replaced_leaves_that_alone",
     ),
     _mutant(
         "false-locks-are-trusted",
@@ -720,16 +719,14 @@ MUTANTS = [
         "        self._take_all_back(carried, session, committed=False)\n"
         "        session.reserve.give_back(session.connection)\n",
         "        self._take_all_back(carried, session, committed=False)\n",
-        "reserve",
+        "reserve::a_disk_that_pushes_have_filled_can_be_drained",
     ),
     _mutant(
         "what-sqlite-refused-is-undone",
-        "an entry that another process took is put back",
+        "a delivery whose nack the disk refused can be settled no more",
         "stands = not connection.in_transaction and (single or not isinstance(error, apsw.Error))",
         "stands = not connection.in_transaction",
-        "committer::a_pull_that_fails_behind_its_one_statement_has_taken_nothing",
-        "committer::a_commit_that_fails_fails_all_in_it_and_nothing_of_it_stands",
-        "store::a_full_disk_is_one_clear_error_and_nothing_changes",
+        "delivery::a_settling_whose_commit_fails_can_be_said_again",
     ),
     # -- delivery
     _mutant(
@@ -773,7 +770,7 @@ MUTANTS = [
         "a lease is renewed though its block has ended",
         "        finally:\n            self._renewals.discard(self)\n",
         "        finally:\n            pass\n",
-        "delivery::many_blocks_are_renewed_by_one_thread_which_ends_with_the_last",
+        "delivery::a_block_that_could_not_give_back_is_renewed_no_more",
     ),
     _mutant(
         "a-lease-is-begun-anew",
