@@ -471,6 +471,32 @@ def test_an_operation_that_breaks_the_transaction_fails_and_the_others_are_done_
     check_at_rest(store)
 
 
+def test_who_is_handed_back_by_the_helper_goes_on(path, child):
+    """It waits for no helper any more: it may lead."""
+
+    def breaks(connection):
+        connection.execute("ROLLBACK")
+        raise apsw.FullError("SQLite's own")
+
+    with sqlspace.open(path, sync=False, busy_timeout=5) as store:
+        store.push("k", b"0")
+        calls = []
+        with shut(store, child):
+            for function in (
+                lambda: store.push("k", b"1"),
+                lambda: store._database.transact(breaks, adds=0),
+                lambda: store.push("k", b"2"),
+            ):
+                calls.append(Call(function))
+                queued(store, len(calls))
+        with pytest.raises(FullError):
+            calls[1].result()
+        seqs = [calls[0].result(), calls[2].result()]
+        found = {entry.seq: entry.payload for entry in store.entries("k")}
+        assert [found[seq] for seq in seqs] == [b"1", b"2"]
+        check_at_rest(store)
+
+
 # -- a commit that fails
 
 
@@ -1260,6 +1286,30 @@ def test_nobody_leads_past_a_transaction_that_waits(path, monkeypatch, number, s
                 assert passed <= 2 * number
         assert store.len("k") == 20
         check_at_rest(store)
+
+
+def test_a_transaction_in_the_queue_is_carried_by_nobody(store, monkeypatch):
+    """Who leads before it, with those behind it, leaves it there; it goes in by itself."""
+    carried = []
+    answer = Committer.answer
+
+    def answering(self):
+        carried.extend(self.carried)
+        answer(self)
+
+    monkeypatch.setattr(Committer, "answer", answering)
+
+    def together():
+        with store.transaction() as transaction:
+            transaction.push("k", b"2")
+
+    calls = in_one_batch(store, lambda: store.push("k", b"1"), together, lambda: store.pullp("p"))
+    for call in calls:
+        call.result()
+    assert payloads(store) == [b"1", b"2"]
+    assert len(carried) == 2
+    assert not any(isinstance(each, committer.Seizure) for each in carried)
+    check_at_rest(store)
 
 
 def test_transactions_of_many_threads_take_turns(store):

@@ -494,6 +494,18 @@ def test_what_is_pushed_right_after_the_last_look_wakes_who_goes_to_sleep(store,
     assert looks == [False, False, True]
 
 
+def test_a_second_ring_is_for_the_next(store):
+    """One that was rung for may be slow to wake: the other needn't wait for it."""
+    bell, waiters = store._database.bell, [Waiter(), Waiter()]
+    for waiter in waiters:
+        bell.enroll(waiter, ["k"], takes=True)
+    for _ in waiters:
+        bell.ring("k")
+    assert all(waiter.park(0) for waiter in waiters)
+    for waiter in waiters:
+        bell.dismiss(waiter, ["k"])
+
+
 def test_who_leaves_passes_on_a_ring_that_came_in_vain(store):
     """It has found what it waits for by itself, so the ring was another's."""
     bell, other = store._database.bell, Waiter()

@@ -482,8 +482,7 @@ MUTANTS = [
         "a transaction's turn is taken for an operation",
         "[each for each in list(self.queue) if not isinstance(each, Seizure)]",
         "list(self.queue)",
-        "committer::others_queue_while_a_transaction_is_open_and_then_share_one_commit",
-        "committer::transactions_of_many_threads_take_turns",
+        "committer::a_transaction_in_the_queue_is_carried_by_nobody",
     ),
     _mutant(
         "raised-though-carried",
@@ -500,8 +499,7 @@ MUTANTS = [
         "who was handed back waits for a helper that doesn't come",
         "            each.awaits = False\n            _wake(each)\n",
         "            _wake(each)\n",
-        "committer::threads_and_transactions_get_in_beside_another_process",
-        "committer::an_operation_that_breaks_the_transaction_fails_and_the_others_are_done_once",
+        "committer::who_is_handed_back_by_the_helper_goes_on",
     ),
     _mutant(
         "close-wakes-no-queue",
@@ -517,6 +515,7 @@ MUTANTS = [
         "            self.waiting = self._lent = False\n",
         "committer::a_transaction_that_was_let_in_too_late_goes_in_or_lets_go",
         "committer::a_transaction_that_gives_up_when_it_is_let_in_leaves_nothing_shut",
+        harmless="a second bolt: the end of a transaction that never began leaves it, too",
     ),
     # -- database
     _mutant(
@@ -844,7 +843,7 @@ MUTANTS = [
         "two entries wake one taker twice, and the other sleeps",
         "        self._takers[token].move_to_end(taker)\n",
         "",
-        "doorbell::many_entries_wake_as_many_takers",
+        "doorbell::a_second_ring_is_for_the_next",
     ),
     _mutant(
         "alone-though-rung-for",
