@@ -155,14 +155,16 @@ UPDATE sqlspace_entries
        max_attempts = ?5
  WHERE seq = ?2 AND state = 0
 """
-# The tombstone may have been pruned since.
+# The tombstone may have been pruned since, or, as the highest, laid bare.
 PUT_BACK = """
 INSERT INTO sqlspace_entries
   (seq, key, payload, headers, pushed_at, expires_at, attempts, max_attempts)
 VALUES (?, ?, ?, CAST(? AS TEXT), ?, ?, ?, ?)
-ON CONFLICT (seq) DO UPDATE SET state = 0, payload = excluded.payload, headers = excluded.headers,
+ON CONFLICT (seq) DO UPDATE SET state = 0, key = excluded.key, payload = excluded.payload,
+                                headers = excluded.headers, expires_at = excluded.expires_at,
+                                attempts = excluded.attempts, max_attempts = excluded.max_attempts,
                                 taken_at = NULL, taken_no = NULL
- WHERE state = 3
+ WHERE state IN (3, 7)
 """
 UNLEASE = """
 UPDATE sqlspace_entries
@@ -183,10 +185,12 @@ INSERT INTO sqlspace_entries
   (seq, key, payload, headers, pushed_at, expires_at, attempts, max_attempts, state, deadline,
    lease, token)
 VALUES (?, ?, ?, CAST(? AS TEXT), ?, ?, ?, ?, 2, ?, ?, ?)
-ON CONFLICT (seq) DO UPDATE SET state = 2, payload = excluded.payload, headers = excluded.headers,
+ON CONFLICT (seq) DO UPDATE SET state = 2, key = excluded.key, payload = excluded.payload,
+                                headers = excluded.headers, expires_at = excluded.expires_at,
+                                attempts = excluded.attempts, max_attempts = excluded.max_attempts,
                                 deadline = excluded.deadline, lease = excluded.lease,
-                                taken_at = NULL, taken_no = NULL
- WHERE state = 4 AND token = excluded.token
+                                token = excluded.token, taken_at = NULL, taken_no = NULL
+ WHERE state = 7 OR state = 4 AND token = excluded.token
 """
 SELECT_LEASED = f"""
 SELECT key, {LAST}, {UNEXPIRED}

@@ -2,6 +2,8 @@
 
 import sqlspace
 from sqlspace import ageing, clock
+from sqlspace.entries import Lease
+from sqlspace.taking import Claim
 
 
 def test_a_claim_counts_the_attempts_that_others_made_while_it_waited(tmp_path):
@@ -64,3 +66,40 @@ def test_what_comes_back_during_a_claim_in_order_is_not_passed_over(tmp_path, mo
         assert delivery is None or delivery.seq == first
         delivery = delivery or store.claimp("k", ordered=True)
         assert delivery.seq == first
+
+
+def test_a_claim_in_order_does_not_pass_over_what_is_leased_while_it_waits(tmp_path, monkeypatch):
+    """An earlier one was not due at the look, and is leased to another at the lease."""
+    path = str(tmp_path / "queue.db")
+    with sqlspace.open(path, sync=False) as store, sqlspace.open(path, sync=False) as other:
+        now = clock.now()
+        monkeypatch.setattr(clock, "now", lambda: now)
+        first = store.push("k", b"1", delay=1.0)
+        store.push("k", b"2")
+        turnstile = store._database._session.turnstile
+        enter = turnstile.try_enter
+
+        def late():
+            nonlocal now
+            turnstile.try_enter = enter
+            now += 2_000_000
+            assert other.claim("k", 0).seq == first
+            return enter()
+
+        turnstile.try_enter = late
+        assert store.claimp("k", ordered=True) is None
+
+
+def test_what_an_interrupt_undoes_too_late_is_not_the_lease_of_another(tmp_path, monkeypatch):
+    """An undoing may have to wait, until the lease is over and the entry claimed again."""
+    path = str(tmp_path / "queue.db")
+    with sqlspace.open(path, sync=False) as store, sqlspace.open(path, sync=False) as other:
+        now = clock.now()
+        monkeypatch.setattr(clock, "now", lambda: now)
+        store.push("k", b"x")
+        claim = Claim(store._database, ["k"], Lease(1_000_000, None), lambda grant: grant)
+        assert claim.run()
+        now += 2_000_000
+        delivery = other.claim("k", 0, lease=10.0)
+        claim.restore()
+        delivery.ack()

@@ -31,7 +31,7 @@ from sqlspace.errors import (
     StoreError,
     UndecidedError,
 )
-from sqlspace.waiting import MISSING, Waiter
+from sqlspace.waiting import LOOK_AGAIN_SECONDS, MISSING, Waiter
 
 
 @pytest.fixture
@@ -208,6 +208,17 @@ def test_all_who_wait_for_the_writer_share_one_commit(store):
     assert (store.len("pullp"), store.len("ack"), store.len("nack")) == (0, 0, 1)
     assert (payloads(store, "put"), payloads(store, "new")) == ([b"2"], [b"x"])
     check_at_rest(store)
+
+
+@pytest.mark.usefixtures("_only_rings")
+def test_what_is_committed_together_wakes_who_waits_for_it(store):
+    """Each for what it has added, as if it were alone."""
+    waiting = [Call(store.pull, key) for key in ("j", "k")]
+    eventually(lambda: set(store._database.bell._takers) == {"j", "k"}, "two waits")
+    in_one_batch(store, lambda: store.push("j", b"1"), lambda: store.push("k", b"2"))
+    for each, wanted in zip(waiting, (b"1", b"2"), strict=True):
+        each.thread.join(LOOK_AGAIN_SECONDS / 2)  # sooner than it would look by itself
+        assert each.value == wanted
 
 
 def test_an_operation_that_is_alone_is_one_commit_and_starts_no_thread(store):
@@ -460,7 +471,47 @@ def test_an_operation_that_breaks_the_transaction_fails_and_the_others_are_done_
     check_at_rest(store)
 
 
+def test_who_is_handed_back_by_the_helper_goes_on(path, child):
+    """It waits for no helper any more: it may lead."""
+
+    def breaks(connection):
+        connection.execute("ROLLBACK")
+        raise apsw.FullError("SQLite's own")
+
+    with sqlspace.open(path, sync=False, busy_timeout=5) as store:
+        store.push("k", b"0")
+        calls = []
+        with shut(store, child):
+            for function in (
+                lambda: store.push("k", b"1"),
+                lambda: store._database.transact(breaks, adds=0),
+                lambda: store.push("k", b"2"),
+            ):
+                calls.append(Call(function))
+                queued(store, len(calls))
+        with pytest.raises(FullError):
+            calls[1].result()
+        seqs = [calls[0].result(), calls[2].result()]
+        found = {entry.seq: entry.payload for entry in store.entries("k")}
+        assert [found[seq] for seq in seqs] == [b"1", b"2"]
+        check_at_rest(store)
+
+
 # -- a commit that fails
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["push", "transaction"])
+def test_before_the_first_write_there_is_a_commit_of_its_own(path, whole):
+    """It decides what a power cut has left of a write that was refused before."""
+    with sqlspace.open(path, sync=False) as store:
+        for wanted in (2, 1):
+            with counted(store) as commits:
+                if whole:
+                    with store.transaction() as together:
+                        together.push("k", b"x")
+                else:
+                    store.push("k", b"x")
+            assert len(commits) == wanted
 
 
 class Faults:
@@ -1136,6 +1187,20 @@ def test_a_file_that_was_moved_wakes_all_with_moved_error(path):
     store.close()
 
 
+def test_a_transaction_that_was_let_in_looks_whether_the_file_was_moved_meanwhile(path, child):
+    """So its block doesn't begin, and nothing is undecided."""
+    store = sqlspace.open(path, sync=False)
+    store.push("k", b"0")
+    with shut(store, child):
+        call = Call(store.transaction().__enter__)
+        queued(store, 1)
+        os.rename(path, path + ".moved")
+    with pytest.raises(MovedError):
+        call.result()
+    assert not call.error.undecided
+    store.close()
+
+
 def test_what_was_committed_into_a_moved_file_is_told_so(path):
     """A batch: each is told by an error of its own that it may have happened there."""
     store = sqlspace.open(path, sync=False)
@@ -1221,6 +1286,30 @@ def test_nobody_leads_past_a_transaction_that_waits(path, monkeypatch, number, s
                 assert passed <= 2 * number
         assert store.len("k") == 20
         check_at_rest(store)
+
+
+def test_a_transaction_in_the_queue_is_carried_by_nobody(store, monkeypatch):
+    """Who leads before it, with those behind it, leaves it there; it goes in by itself."""
+    carried = []
+    answer = Committer.answer
+
+    def answering(self):
+        carried.extend(self.carried)
+        answer(self)
+
+    monkeypatch.setattr(Committer, "answer", answering)
+
+    def together():
+        with store.transaction() as transaction:
+            transaction.push("k", b"2")
+
+    calls = in_one_batch(store, lambda: store.push("k", b"1"), together, lambda: store.pullp("p"))
+    for call in calls:
+        call.result()
+    assert payloads(store) == [b"1", b"2"]
+    assert len(carried) == 2
+    assert not any(isinstance(each, committer.Seizure) for each in carried)
+    check_at_rest(store)
 
 
 def test_transactions_of_many_threads_take_turns(store):

@@ -11,7 +11,8 @@ from children import eventually
 from clocks import install
 
 import sqlspace
-from sqlspace import DeadlineError, LeaseError, ageing
+from sqlspace import DeadlineError, LeaseError, ageing, dead_letters, entries
+from sqlspace import clock as clocks
 
 
 @pytest.fixture
@@ -489,6 +490,16 @@ def test_the_end_of_a_block_whose_lease_is_lost_raises(store, clock, loss):
     assert not any(outcome == "acked" for _, outcome in outcomes(store))
 
 
+@pytest.mark.parametrize("loss", ["lapsed", "taken over"])
+def test_a_block_of_a_lost_lease_does_not_begin(store, clock, loss):
+    """Another may be at the same work already."""
+    store.push("k", b"1")
+    claimed = store.claim("k", lease=30)
+    LOSSES[loss](store, claimed, clock)
+    with pytest.raises(LeaseError), claimed:
+        pytest.fail("the work has begun")
+
+
 def close(store, claimed):
     store.close()
 
@@ -515,6 +526,17 @@ def test_a_nack_that_a_transaction_forbids_does_not_hide_the_exception_either(st
     with pytest.raises(LookupError, match="mine"), store.transaction(), claimed:
         raise LookupError("mine")
     assert "could not be given back" in caplog.text
+
+
+def test_a_block_that_could_not_give_back_is_renewed_no_more(store, clock):
+    """So the entry comes back when the lease is over."""
+    store.push("k", b"1")
+    claimed = store.claim("k", lease=30)
+    with pytest.raises(LookupError), store.transaction(), claimed:
+        raise LookupError
+    assert claimed not in store._renewals._due
+    clock.go(30)
+    assert states(store) == [(b"1", "ready")]
 
 
 def test_a_store_that_is_closed_inside_a_block_leaves_the_lease_as_it_is(path, clock):
@@ -703,6 +725,58 @@ def test_a_block_that_is_forgotten_is_renewed_no_more(store, clock):
 # -- dead letters
 
 
+def test_an_ack_that_is_undone_after_a_compact_left_all_as_it_was(store, path):
+    """Its tombstone was deleted meanwhile, or, being the highest row, laid bare."""
+    store.push_many("k", [b"1", b"2"], ttl=1000)
+    claimed = store.claim_many("k", 2, lease=100, max_attempts=3)
+    before = list(store.entries("k"))
+    for each in claimed:
+        each.ack()
+    with sqlspace.open(path, sync=False) as other:
+        other.compact()
+    connection = store._database._session.connection
+    for each in claimed:
+        entries.unack(connection, each._grant)
+    assert list(store.entries("k")) == before
+    for each in claimed:
+        assert entries.extend(connection, each.seq, each._grant.token, clocks.now(), 1)
+
+
+def test_an_extension_that_fails_leaves_the_end_as_it_was(store, clock):
+    """A delivery tells, and is renewed by, the end that stands in the file."""
+    store.push("k", b"1")
+    claimed = store.claim("k", lease=30)
+    connection = store._database._session.connection
+    connection.set_commit_hook(lambda: True)
+    with pytest.raises(sqlspace.StoreError):
+        claimed.extend(3000)
+    connection.set_commit_hook(None)
+    assert claimed.deadline == clock.at(30) == store.get("k", claimed.seq).deadline
+
+
+@pytest.mark.parametrize(
+    "settle",
+    [
+        lambda store, claimed: claimed.ack(),
+        lambda store, claimed: claimed.nack(),
+        lambda store, claimed: store.ack_many([claimed]),
+    ],
+    ids=["ack", "nack", "ack_many"],
+)
+def test_a_settling_whose_commit_fails_can_be_said_again(store, settle):
+    """It didn't happen, so the delivery is not settled."""
+    store.push("k", b"1")
+    claimed = store.claim("k", lease=30)
+    connection = store._database._session.connection
+    connection.set_commit_hook(lambda: True)
+    with pytest.raises(sqlspace.StoreError):
+        settle(store, claimed)
+    connection.set_commit_hook(None)
+    assert states(store) == [(b"1", "leased")]
+    settle(store, claimed)
+    assert states(store) != [(b"1", "leased")]
+
+
 def test_a_nack_of_the_last_attempt_makes_a_dead_letter(store, clock, caplog):
     """A tombstone here, a new entry with its origin in the headers there."""
     seq = store.push("k", b"1", headers={"a": "b"}, ttl=1000)
@@ -875,10 +949,10 @@ def test_requeue_takes_thousands_and_leaves_what_is_claimed(store):
 
 def test_a_dead_letter_with_an_origin_that_is_no_key_goes_back_to_the_key_asked_for(store):
     """Headers are the caller's: nothing of them may put an entry where nobody finds it."""
-    for wrong in ("", "a\0b", "k" * 1025):
+    for wrong in ("", "a\0b", "k" * 1025, "k/dead"):
         store.push("k/dead", wrong[:9].encode(), headers={"sqlspace-key": wrong})
-    assert store.requeue("k") == 3
-    assert store.len("k") == 3
+    assert store.requeue("k") == 4
+    assert store.len("k") == 4
 
 
 def test_a_dead_letter_may_die_too(store):
@@ -940,6 +1014,15 @@ def test_an_ordered_claim_waits_out_a_nacks_delay_but_not_a_pushs(store, clock):
     assert store.claimp("k", ordered=True).payload == b"2"
     clock.go(90)
     assert store.claimp("k", ordered=True).payload == b"later"  # nothing before it is held
+
+
+def test_an_ordered_claim_is_not_held_up_by_the_many_that_have_died(store, clock):
+    """More than are moved in one step: those that still stand there are no leases any more."""
+    store.push_many("k", [b"dead"] * (2 * dead_letters.BURY_ROWS))
+    last = store.push("k", b"last")
+    store.claim_many("k", 2 * dead_letters.BURY_ROWS, lease=1, max_attempts=1)
+    clock.go(2)
+    assert store.claimp("k", ordered=True).seq == last
 
 
 def test_an_ordered_claim_of_several_keys_takes_the_first_that_is_not_blocked(store):

@@ -472,6 +472,55 @@ def test_a_call_that_waits_has_looked_twice(store, monkeypatch, verb):
     assert len(looks) == 3
 
 
+@pytest.mark.usefixtures("_only_rings")
+def test_what_is_pushed_right_after_the_last_look_wakes_who_goes_to_sleep(store, monkeypatch):
+    """Who is enrolled looks once more, and is rung for from before that look on."""
+    looks = []
+    run = taking.Grab.run
+
+    def slow(grab):
+        found = run(grab)
+        looks.append(found)
+        if len(looks) == 2:
+            join = in_threads(1, lambda _: store.push("k", b"x"))
+            join()
+        return found
+
+    monkeypatch.setattr(taking.Grab, "run", slow)
+    thread = threading.Thread(target=store.pull, args=("k",))
+    thread.start()
+    thread.join(waiting.LOOK_AGAIN_SECONDS / 2)  # sooner than it would look by itself
+    assert not thread.is_alive()
+    assert looks == [False, False, True]
+
+
+def test_a_second_ring_is_for_the_next(store):
+    """One that was rung for may be slow to wake: the other needn't wait for it."""
+    bell, waiters = store._database.bell, [Waiter(), Waiter()]
+    for waiter in waiters:
+        bell.enroll(waiter, ["k"], takes=True)
+    for _ in waiters:
+        bell.ring("k")
+    assert all(waiter.park(0) for waiter in waiters)
+    for waiter in waiters:
+        bell.dismiss(waiter, ["k"])
+
+
+def test_who_leaves_passes_on_a_ring_that_came_in_vain(store):
+    """It has found what it waits for by itself, so the ring was another's."""
+    bell, other = store._database.bell, Waiter()
+
+    def look(waiter, enrolled):
+        if enrolled:
+            bell.enroll(other, ["k"], takes=True)
+            bell.ring("k")
+            waiter.found = "by itself"
+
+    assert taking.wait_for(store._database, look, ["k"], 60, None, restore=print) == "by itself"
+    assert other.park(0)
+    bell.dismiss(other, ["k"])
+
+
 def test_a_handler_may_close_the_store_while_its_thread_is_at_the_bell(path):
     """A signal comes anywhere: also where a waiter is being enrolled, under the bell's lock."""
     store = sqlspace.open(path, sync=False)
@@ -951,6 +1000,17 @@ def test_a_file_replaced_by_its_copy_takes_no_more_entries(path, sentry, child):
     with pytest.raises(sqlspace.MovedError):
         store.push("k", b"after")
     store.close()
+
+
+def test_who_closes_after_its_wal_was_replaced_leaves_that_alone(path):
+    """It is another's by now; SQLite would delete whatever stands under the name."""
+    with sqlspace.open(path, sync=False) as store:
+        store.push("k", b"x")
+        os.rename(path + "-wal", path + ".moved")
+        with open(path + "-wal", "wb") as file:
+            file.write(b"another's")
+    with open(path + "-wal", "rb") as file:
+        assert file.read() == b"another's"
 
 
 def test_a_store_whose_directory_was_renamed_loses_nothing(tmp_path, sentry):

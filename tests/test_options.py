@@ -7,10 +7,12 @@ import apsw
 import pytest
 from children import eventually
 from clocks import YEAR_SECONDS, install
+from interrupts import every_step, interrupted
 
 import sqlspace
 from sqlspace import CanceledError, DeadlineError, LeaseError, ageing
 from sqlspace.doorbell import room_token
+from sqlspace.pushing import Push
 from sqlspace.waiting import LOOK_AGAIN_SECONDS
 
 
@@ -308,6 +310,23 @@ def test_a_second_push_of_the_same_name_adds_nothing(store):
     assert [payload for payload, _ in states(store)] == [b"1", b"4", b"5", b"5"]
 
 
+@pytest.mark.parametrize("whole", [False, True], ids=["push", "transaction's push"])
+def test_a_known_name_is_made_durable_before_its_push_returns(path, whole):
+    """A store without sync may have pushed it: a commit of this one's own takes it to the disk."""
+    with sqlspace.open(path, sync=False) as other, sqlspace.open(path) as store:
+        seq = other.push("k", b"1", dedupe="a")
+        store.push("k", b"2")  # whatever a first write does besides
+        commits = []
+        store._database._session.connection.set_wal_hook(lambda *_: commits.append(None) or 0)
+        found = (
+            together(store, "push", b"3", dedupe="a")
+            if whole
+            else store.push("k", b"3", dedupe="a")
+        )
+        assert found == seq
+        assert len(commits) == 1
+
+
 ENDS = {
     "pulled": lambda store: store.pull("k"),
     "pulled with others": lambda store: store.pull_many("k", 5),
@@ -499,7 +518,6 @@ ROOM = {
     "ack": lambda store: store.claim("k").ack(),
     "ack_many": lambda store: store.ack_many(store.claim_many("k", 1)),
     "death": lambda store: store.claim("k", max_attempts=1).nack(),
-    "lapse": lambda store: store.claim("k", lease=0.05, max_attempts=1),
     "clear": lambda store: store.clear("k"),
     "remove": lambda store: store.remove("k", 1),
     "transaction": lambda store: together(store, "pullp"),
@@ -510,9 +528,19 @@ ROOM = {
 }
 
 
+@pytest.mark.usefixtures("_only_rings")
 @pytest.mark.parametrize("make", ROOM.values(), ids=ROOM)
 def test_a_push_that_waits_is_woken_by_whatever_makes_room(store, make):
     """Each verb that lets an entry leave its key."""
+    makes_room(store, make)
+
+
+def test_a_push_that_waits_is_woken_when_a_last_lease_runs_out(store):
+    """Nobody rings for it, whoever claimed: the watch looks in time."""
+    makes_room(store, lambda store: store.claim("k", lease=0.05, max_attempts=1))
+
+
+def makes_room(store, make):
     store.push("k", b"1")
     context = sqlspace.Context(60)
     seqs = []
@@ -527,16 +555,71 @@ def test_a_push_that_waits_is_woken_by_whatever_makes_room(store, make):
     assert [entry.seq for entry in store.entries("k")] == seqs
 
 
-def awaited(store, number=1):
+ROOM_OF_K = room_token("k")
+
+
+def awaited(store, number=1, token=ROOM_OF_K):
     """Wait until so many threads wait for room under k, or for its being empty."""
     bell = store._database.bell
     eventually(
-        lambda: (
-            sum(len(kind.get(room_token("k"), ())) for kind in (bell._takers, bell._readers))
-            == number
-        ),
-        "a wait for room",
+        lambda: sum(len(kind.get(token, ())) for kind in (bell._takers, bell._readers)) == number,
+        f"a wait for {token!a}",
     )
+
+
+@pytest.mark.usefixtures("_only_rings")
+@pytest.mark.parametrize("whole", [False, True], ids=["put", "transaction's put"])
+def test_a_put_makes_room_if_it_replaces_several(store, whole):
+    """It leaves one, so who waits for room for a second is woken."""
+    store.push_many("k", [b"1", b"2"])
+    thread = threading.Thread(target=lambda: store.push("k", b"4", max_len=2, timeout=60))
+    thread.start()
+    awaited(store)
+    if whole:
+        together(store, "put", b"3")
+    else:
+        store.put("k", b"3")
+    thread.join(LOOK_AGAIN_SECONDS / 2)
+    assert not thread.is_alive()
+    assert states(store) == [(b"3", "ready"), (b"4", "ready")]
+
+
+def transact_nack(store, claimed):
+    with store.transaction() as transaction:
+        transaction.nack(claimed)
+
+
+COMING = {
+    "push": lambda store, _: store.push("k", b"1"),
+    "push with a name": lambda store, _: store.push("k", b"1", dedupe="a"),
+    "push with a limit": lambda store, _: store.push("k", b"1", max_len=9),
+    "push_many": lambda store, _: store.push_many("k", [b"1"]),
+    "put": lambda store, _: store.put("k", b"1"),
+    "nack": lambda _, claimed: claimed.nack(),
+    "requeue": lambda store, _: store.requeue("k"),
+    "transaction": lambda store, _: together(store, "push", b"1"),
+    "transaction's push_many": lambda store, _: together(store, "push_many", [b"1"]),
+    "transaction's put": lambda store, _: together(store, "put", b"1"),
+    "transaction's nack": transact_nack,
+    "space": lambda store, _: store.space(dumps=bytes).out("k", b"1"),
+}
+
+
+@pytest.mark.usefixtures("_only_rings")
+@pytest.mark.parametrize("make", COMING.values(), ids=COMING)
+def test_a_pull_that_waits_is_woken_by_whatever_brings_an_entry(store, make):
+    """Each verb after which an entry is ready."""
+    store.push("k", b"1")
+    claimed = store.claim("k")
+    store.push("k/dead", b"1")
+    taken = []
+    thread = threading.Thread(target=lambda: taken.append(store.pull("k", 60)))
+    thread.start()
+    awaited(store, token="k")
+    make(store, claimed)
+    thread.join(LOOK_AGAIN_SECONDS / 2)
+    assert not thread.is_alive()
+    assert taken == [b"1"]
 
 
 def test_a_push_that_waits_is_woken_by_an_expiry_and_by_close(path):
@@ -621,6 +704,40 @@ def test_an_interrupted_push_with_options_added_nothing(path, child):
     process = child(INTERRUPTED, path, 5)
     assert int(process.told()) > 200
     process.finish()
+
+
+def test_an_interrupted_push_leaves_what_was_pushed_under_its_name_before(store):
+    """What it returns is not what it added, so there is nothing to take back."""
+    seq = store.push("k", b"1", dedupe="a")
+    context = sqlspace.Context()  # which the wait must leave when it has found something
+
+    def push():
+        return store.push("k", b"2", dedupe="a", max_len=9, context=context)
+
+    for step, *_ in every_step():
+        _, struck = interrupted(push, 3 * step)
+        assert [entry.seq for entry in store.entries("k")] == [seq], step
+        if not struck:
+            return
+
+
+def test_a_push_that_is_done_again_is_undone_by_its_new_seq(store):
+    """That of the first time, which was rolled back, is another's by then."""
+    connection = store._database._session.connection
+    push = Push("k", b"mine")
+    connection.execute("BEGIN")
+    push.step(connection)
+    connection.execute("ROLLBACK")
+    push.retract()
+    other = store.push("k", b"another's")
+
+    class CutOff:
+        execute = connection.execute  # and no more: Ctrl-C strikes just behind it
+
+    with pytest.raises(AttributeError):
+        push.step(CutOff)
+    push.undo(connection)
+    assert [entry.seq for entry in store.entries("k")] == [other]
 
 
 # -- a clock that jumps

@@ -12,10 +12,12 @@ import threading
 import warnings
 
 import pytest
+from interrupts import every_step, interrupted
 
 import sqlspace
 from sqlspace import browsing, upkeep
 from sqlspace.taking import Grab
+from sqlspace.waiting import MISSING
 
 
 @pytest.fixture
@@ -560,6 +562,51 @@ def test_putting_back_twice_does_not_double_what_others_took_meanwhile(store, pa
     grab.restore()
     assert store.pullp("a") is None
     assert [stone.seq for stone in store.history("a")] == [seq]
+
+
+def test_a_wait_that_an_interrupt_ends_has_taken_nothing(store):
+    """Ctrl-C at every third instruction, from the look to the return."""
+    context = sqlspace.Context()  # which the wait must leave when it has found something
+    for step, *_ in every_step():
+        store.push("a", b"1")
+        found, struck = interrupted(lambda: store.pull_any(["a"], context=context), 3 * step)
+        assert store.pull_many("a", 2) == ([b"1"] if found is MISSING else []), step
+        if not struck:
+            return
+
+
+def test_what_is_put_back_after_a_compact_is_all_there(store, path):
+    """The tombstone was deleted meanwhile, or, being the highest row, laid bare."""
+    store.push("a", b"1", headers={"x": "y"}, ttl=1000)
+    store.push("a", b"2", headers={"x": "y"}, ttl=1000)
+    before = list(store.entries("a"))
+    grabs = [Grab(store._database, ["a"]) for _ in range(2)]
+    assert all(grab.run() for grab in grabs)
+    with sqlspace.open(path, sync=False) as other:
+        other.compact()
+    for grab in grabs:
+        grab.restore()
+    assert list(store.entries("a")) == before
+
+
+def test_a_pull_that_others_outran_gives_nothing_back(store, path):
+    """It saw the head, and another took that first: it is not its own to put back."""
+    store.push("a", b"1")
+    with sqlspace.open(path, sync=False) as other:
+        turnstile = store._database._session.turnstile
+        enter = turnstile.try_enter
+
+        def late():
+            turnstile.try_enter = enter
+            assert other.pull("a") == b"1"
+            return enter()
+
+        turnstile.try_enter = late
+        grab = Grab(store._database, ["a"])
+        assert not grab.run()
+    store.push("b", b"2")  # a change, which is none of the pull's
+    grab.restore()
+    assert store.len("a") == 0
 
 
 HANDLER = """

@@ -8,7 +8,7 @@ import pytest
 from children import PATIENCE_SECONDS, eventually, parked
 
 import sqlspace
-from sqlspace import browsing, clock, dead_letters, waiting
+from sqlspace import browsing, clock, dead_letters, taking, waiting
 from sqlspace import watch as watching
 from sqlspace.doorbell import Doorbell, limit_token, room_token, turn_token
 from sqlspace.marks import Marks
@@ -359,6 +359,26 @@ def test_what_comes_due_between_the_look_and_the_sleep_is_not_missed(store, monk
     store.push("k", b"payload", delay=500.0)
     monkeypatch.setattr(browsing, "seconds_ahead", late)
     assert verb(store) == b"payload"
+
+
+@pytest.mark.usefixtures("_only_timers")
+def test_what_comes_due_right_after_the_last_look_is_not_missed(store, monkeypatch):
+    """When to wake is asked as of the look, not of a moment later."""
+    real, run, skew, looks = clock.now, taking.Grab.run, 0, []
+    monkeypatch.setattr(clock, "now", lambda: real() + skew)
+
+    def slow(grab):
+        nonlocal skew
+        looks.append(run(grab))
+        if len(looks) == 2:
+            skew = 600_000_000
+        return looks[-1]
+
+    store.push("k", b"payload", delay=500.0)
+    monkeypatch.setattr(taking.Grab, "run", slow)
+    join = in_thread(lambda: store.pull("k"))
+    assert join() == b"payload"
+    assert looks == [False, False, True]
 
 
 @pytest.mark.parametrize(
