@@ -1391,14 +1391,14 @@ MUTANTS = [
         "several processes use up the room that each has counted for itself",
         "if alone and self._left >= 0:",
         "if self._left >= 0:",
-        "reserve",
+        "reserve::it_covers_what_several_push_in_turns",
     ),
     _mutant(
         "given-back-for-good",
         "after a disk was full once there is no reserve any more",
         "        self._left = -1\n        self.due = True\n",
         "        self._left = -1\n",
-        "reserve::a_push_after_it_was_given_back_makes_it_again_or_is_refused",
+        "reserve::a_take_after_it_was_given_back_makes_it_again_too",
     ),
     _mutant(
         "a-refused-push-grows-it",
