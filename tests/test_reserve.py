@@ -312,6 +312,32 @@ def test_a_push_after_it_was_given_back_makes_it_again_or_is_refused(small, path
         assert size(path) > os.stat(path + "-wal").st_size
 
 
+def test_a_take_after_it_was_given_back_makes_it_again_too(path, monkeypatch):
+    """At once: else another application would have a second to take the room."""
+    monkeypatch.setattr(reserve, "_LOOK_AGAIN_SECONDS", 1e9)
+    with sqlspace.open(path) as store:
+        store.push("k", b"x")
+        session = store._database._session
+        session.reserve.give_back(session.connection)
+        assert size(path) == reserve._CONTENT_BYTES
+        assert store.pull("k", 0) == b"x"
+        assert size(path) >= reserve._STEP_BYTES
+
+
+def test_it_covers_what_several_push_in_turns(path, monkeypatch):
+    """None of them counts for itself what it may push until it looks again."""
+    monkeypatch.setattr(reserve, "_LOOK_AGAIN_SECONDS", 1e9)
+    with contextlib.ExitStack() as stack:
+        stores = [stack.enter_context(sqlspace.open(path, sync=False)) for _ in range(5)]
+        sessions = [store._database._session for store in stores]
+        for session in sessions:
+            session.connection.pragma("wal_autocheckpoint", 0)
+        for number in range(200):
+            stores[number % 5].push("k", bytes(20_000))
+            wal = os.stat(path + "-wal").st_size
+            assert size(path) >= sessions[0].reserve._needed(wal, wal), number
+
+
 @pytest.mark.parametrize("together", [False, True])
 def test_a_push_does_not_get_what_the_commit_before_the_first_write_was_given(
     small, path, together
