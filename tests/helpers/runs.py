@@ -301,7 +301,11 @@ class Run:
     def open(self):
         name = next(each for each in ("store 0", "store 1") if each not in self.stores)
         store = sqlspace.open(
-            self.path, sync=self.sync, history=self.history, vfs=self.recorder.name
+            self.path,
+            sync=self.sync,
+            history=self.history,
+            busy_timeout=60.0,  # a crowd on a busy machine
+            vfs=self.recorder.name,
         )
         self.stores[name] = store
         self.own_syncs.opened(store._database._session.wal_descriptor)
