@@ -494,6 +494,17 @@ def test_what_is_pushed_right_after_the_last_look_wakes_who_goes_to_sleep(store,
     assert looks == [False, False, True]
 
 
+def test_a_ring_wakes_all_who_read_and_of_those_who_take_the_first(store):
+    """But for the one that knows: what it has left is another's."""
+    bell, waiters = store._database.bell, [Waiter() for _ in range(5)]
+    for number, waiter in enumerate(waiters):
+        bell.enroll(waiter, ["k"], takes=number > 1)
+    bell.ring("k", besides=waiters[2])
+    assert [waiter.park(0) for waiter in waiters] == [True, True, False, True, False]
+    for waiter in waiters:
+        bell.dismiss(waiter, ["k"])
+
+
 def test_a_second_ring_is_for_the_next(store):
     """One that was rung for may be slow to wake: the other needn't wait for it."""
     bell, waiters = store._database.bell, [Waiter(), Waiter()]

@@ -879,7 +879,7 @@ MUTANTS = [
         "a push wakes no thread of its own process",
         "if self._marks.alone and not self._takers and not self._readers:",
         "if self._marks.alone:",
-        "doorbell::one_push_wakes_one_taker",
+        "options::a_pull_that_waits_is_woken_by_whatever_brings_an_entry",
     ),
     _mutant(
         "readers-elsewhere-sleep",
@@ -894,15 +894,14 @@ MUTANTS = [
         "of those that wait without taking one is woken",
         "        for waiter in self._readers.get(token, ()):\n            waiter.wake()\n",
         "        for waiter in [*self._readers.get(token, ())][:1]:\n            waiter.wake()\n",
-        "doorbell::all_who_wait_without_taking_are_woken",
+        "doorbell::a_ring_wakes_all_who_read_and_of_those_who_take_the_first",
     ),
     _mutant(
         "rung-for-himself",
         "who takes one of two entries wakes himself, and the other entry nobody",
         "(taker for taker in takers if taker is not besides)",
         "(taker for taker in takers)",
-        "doorbell::who_is_rung_for_one_key_and_takes_of_another_wakes_the_next",
-        "timers::pushers_in_several_processes_get_in_one_after_the_other",
+        "doorbell::a_ring_wakes_all_who_read_and_of_those_who_take_the_first",
     ),
     _mutant(
         "closed-and-asleep",
@@ -910,6 +909,7 @@ MUTANTS = [
         "        if session is not None:\n            session.bell.wake_all()\n        self._committer",
         "        self._committer",
         "doorbell::close_ends_every_wait",
+        harmless="a second bolt: the bell's own close wakes them, after the calls under way",
     ),
     # -- watch
     _mutant(
