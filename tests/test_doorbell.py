@@ -157,6 +157,21 @@ def test_a_foreign_writer_is_seen_when_its_sign_came_long_before_its_commit(stor
     waiter.finish()
 
 
+def test_a_foreign_writer_is_seen_after_a_long_calm(store, path, monkeypatch):
+    """No look is planned any more: only the sign leads to one."""
+    monkeypatch.setattr(watching, "_LOOK_ON_SECONDS", 0.01)
+    thread = threading.Thread(target=store.pull, args=("k",))
+    thread.start()
+    files = watching.the_watch()._files
+    eventually(
+        lambda: any(file.number and file.look_at is None for file in list(files.values())),
+        "calm",
+    )
+    add_quietly(path)
+    thread.join(waiting.LOOK_AGAIN_SECONDS / 2)  # sooner than it would look by itself
+    assert not thread.is_alive()
+
+
 @pytest.mark.parametrize("verb", ["store.pull('k')", "store.wait('k')", "store.wait_empty('full')"])
 def test_an_idle_waiter_costs_nothing(store, path, child, verb):
     """Once all is calm, waiting threads neither look nor come round, and take no CPU."""
@@ -672,6 +687,23 @@ def test_an_heir_that_has_no_time_passes_the_role_on(store):
             watch.resign(waiter)
         assert watch._watcher is watch._heir is None
         assert not watch._parked
+    finally:
+        watch.close()
+
+
+def test_who_parks_takes_over_a_role_that_is_lost(store, monkeypatch):
+    """Its watcher has not come round for long: it hangs, or is gone."""
+    monkeypatch.setattr(watching, "LOOK_AGAIN_SECONDS", -1.0)  # every role counts as lost
+    bell, watch, waiters = store._database.bell, watching.Watch(), [Waiter(), Waiter()]
+    try:
+        joins = []
+        for waiter in waiters:
+            joins.append(in_threads(1, lambda _, it=waiter: watch.park(bell, it, PATIENCE_SECONDS)))
+            eventually(lambda it=waiter: watch._watcher is it, "a new watcher")
+        for waiter in waiters:
+            waiter.wake()
+        for join in joins:
+            join()
     finally:
         watch.close()
 

@@ -931,7 +931,7 @@ MUTANTS = [
         "when the watching thread hangs nobody listens any more",
         "if self._watcher is None or lost:",
         "if self._watcher is None:",
-        "doorbell::a_lost_role_is_taken_over_while_the_lost_one_listens",
+        "doorbell::who_parks_takes_over_a_role_that_is_lost",
     ),
     _mutant(
         "an-overflow-is-nothing",
@@ -945,10 +945,7 @@ MUTANTS = [
         "what comes due early is seen late",
         "file.timers.get(bell, at) < at:",
         "file.timers.get(bell, at) > at:",
-        "timers::a_delay_ends",
-        "timers::a_delay_that_was_there_before_the_wait_ends",
-        "timers::a_time_to_live_makes_room",
-        "timers::many_takers_get_each_delayed_entry_once_and_in_time",
+        "timers::the_nearest_time_counts",
     ),
     _mutant(
         "a-time-without-a-nudge",
@@ -957,16 +954,14 @@ MUTANTS = [
         "                self.nudge()",
         "            file.timers[bell] = at\n            if self._watcher is None:\n"
         "                self.nudge()",
-        "timers::what_comes_due_between_the_look_and_the_sleep_is_not_missed",
-        "timers::a_delay_that_was_there_before_the_wait_ends",
-        "timers::many_takers_get_each_delayed_entry_once_and_in_time",
+        "timers::the_watching_thread_is_told_of_times_that_others_wait_for",
     ),
     _mutant(
         "a-sign-is-not-followed",
         "the entries of writers that ring nobody are seen seconds later",
         "                if changed.bells:\n                    self._plan(changed)\n",
         "",
-        "doorbell::a_foreign_writer_wakes_a_waiter",
+        "doorbell::a_foreign_writer_is_seen_after_a_long_calm",
     ),
     _mutant(
         "what-the-look-found-is-kept",
