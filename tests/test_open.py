@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import os
 import pathlib
+import shutil
 import stat
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from killed import opens_killed
 
 import sqlspace
 from sqlspace import connection as opener
-from sqlspace import mounts, schema
+from sqlspace import mounts, schema, session
 
 MAGIC = b"SQLite format 3\0"
 JOURNAL = (  # hot, and leading back to a database of no pages
@@ -309,6 +310,22 @@ def test_a_look_that_others_disturbed_is_taken_again(path, monkeypatch):
 
 
 # -- what can't be a store's file
+
+
+def test_a_file_that_is_replaced_while_it_is_opened_is_noticed(path, monkeypatch):
+    """Else all that is pushed would go into a file that nobody else ever sees."""
+    sqlspace.open(path).close()
+    real = session.open_verified
+
+    def slow(options):
+        connection = real(options)
+        shutil.copy(path, path + ".copy")
+        os.rename(path + ".copy", path)
+        return connection
+
+    monkeypatch.setattr(session, "open_verified", slow)
+    with pytest.raises(sqlspace.MovedError):
+        sqlspace.open(path)
 
 
 def test_a_missing_directory_is_a_store_error(tmp_path):

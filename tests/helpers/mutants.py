@@ -1091,11 +1091,11 @@ MUTANTS = [
         "damage::an_entry_with_the_number_of_a_taking_is_no_tombstone",
     ),
     _mutant(
-        "one-tombstone-too-many",
-        "the history holds one more than it was told",
+        "one-tombstone-too-few",
+        "the history holds one less than it was told",
         "(max(last - keep, -1), rows)",
-        "(max(last - keep - 1, -1), rows)",
-        "store::the_history_holds_so_many_tombstones_of_the_whole_file_and_no_more",
+        "(max(last - keep + 1, -1), rows)",
+        "store::what_is_taken_at_once_is_counted_one_by_one",
     ),
     _mutant(
         "compact-keeps-the-highest",
@@ -1118,8 +1118,7 @@ MUTANTS = [
         "what is taken in one step has the number of what was taken before it",
         "for number, seq in enumerate(seqs, 1)]",
         "for number, seq in enumerate(seqs)]",
-        "store::what_was_taken_stays_in_the_history_in_the_order_of_taking",
-        "store::the_history_holds_so_many_tombstones_of_the_whole_file_and_no_more",
+        "store::what_is_taken_at_once_is_counted_one_by_one",
     ),
     _mutant(
         "any-key-may-remove",
@@ -1142,7 +1141,7 @@ MUTANTS = [
         "who waits is overtaken by those who come back",
         "            self._marks.hold(QUEUED_AT)\n",
         "",
-        "turnstile::who_comes_back_does_not_overtake_those_who_wait",
+        "turnstile::who_waits_is_let_in_when_the_other_leaves",
     ),
     _mutant(
         "queued-for-ever",
@@ -1200,11 +1199,10 @@ MUTANTS = [
     ),
     _mutant(
         "nobody-is-told",
-        "who has the store to itself doesn't notice that another came",
+        "who looked before another's mark was set believes that it is alone",
         "            os.close(os.open(self._found[-1][0], os.O_RDONLY | os.O_CLOEXEC))\n",
         "            pass\n",
-        "turnstile::who_comes_is_noticed_before_the_next_write",
-        harmless="SQLite opens the -wal, too; this one comes after the mark is set",
+        "turnstile::who_comes_is_noticed_though_it_was_looked_for_a_moment_too_soon",
     ),
     _mutant(
         "looked-at-once",
@@ -1288,8 +1286,7 @@ MUTANTS = [
         "a store is opened over a file that is not under its path any more",
         "if not self.identity.stands() or has_moved(self.connection):",
         "if not self.identity.stands():",
-        "hazards::every_hazard_has_its_guard_and_its_test",
-        "open::a_look_that_others_disturbed_is_taken_again",
+        "open::a_file_that_is_replaced_while_it_is_opened_is_noticed",
     ),
     _mutant(
         "the-child-checkpoints",
@@ -1298,7 +1295,7 @@ MUTANTS = [
         "        connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)\n",
         "            forks.detach(connection)\n",
         "processes::a_forked_child_is_safe_when_its_parent_ends",
-        "processes::a_child_that_closes_takes_nothing_from_its_parent",
+        harmless="a second bolt: SQLite asks the kernel for a lock first, that the parent keeps from it",
     ),
     _mutant(
         "forked-inside-and-on",
