@@ -363,6 +363,17 @@ def test_it_is_made_at_the_first_write_like_the_database_and_cut_at_the_end(path
     assert 0 < size(path) <= MEGABYTE
 
 
+def test_it_covers_what_many_push_in_turns(path):
+    """The file may have to grow by all that is in the -wal, whoever of them has pushed it."""
+    with contextlib.ExitStack() as stack:
+        stores = [stack.enter_context(sqlspace.open(path, sync=False)) for _ in range(8)]
+        for store in stores:
+            store._database._session.connection.pragma("wal_autocheckpoint", 0)
+        for number in range(320):
+            stores[number % 8].push("k", bytes(10_000))
+            assert size(path) >= os.stat(path + "-wal").st_size, number
+
+
 def test_one_that_was_deleted_is_made_again(path):
     """Within a second, by whoever writes."""
     with sqlspace.open(path) as store:
