@@ -157,6 +157,21 @@ def test_a_foreign_writer_is_seen_when_its_sign_came_long_before_its_commit(stor
     waiter.finish()
 
 
+def test_a_foreign_writer_is_seen_after_a_long_calm(store, path, monkeypatch):
+    """No look is planned any more: only the sign leads to one."""
+    monkeypatch.setattr(watching, "_LOOK_ON_SECONDS", 0.01)
+    thread = threading.Thread(target=store.pull, args=("k",))
+    thread.start()
+    files = watching.the_watch()._files
+    eventually(
+        lambda: any(file.number and file.look_at is None for file in list(files.values())),
+        "calm",
+    )
+    add_quietly(path)
+    thread.join(waiting.LOOK_AGAIN_SECONDS / 2)  # sooner than it would look by itself
+    assert not thread.is_alive()
+
+
 @pytest.mark.parametrize("verb", ["store.pull('k')", "store.wait('k')", "store.wait_empty('full')"])
 def test_an_idle_waiter_costs_nothing(store, path, child, verb):
     """Once all is calm, waiting threads neither look nor come round, and take no CPU."""
@@ -494,6 +509,17 @@ def test_what_is_pushed_right_after_the_last_look_wakes_who_goes_to_sleep(store,
     assert looks == [False, False, True]
 
 
+def test_a_ring_wakes_all_who_read_and_of_those_who_take_the_first(store):
+    """But for the one that knows: what it has left is another's."""
+    bell, waiters = store._database.bell, [Waiter() for _ in range(5)]
+    for number, waiter in enumerate(waiters):
+        bell.enroll(waiter, ["k"], takes=number > 1)
+    bell.ring("k", besides=waiters[2])
+    assert [waiter.park(0) for waiter in waiters] == [True, True, False, True, False]
+    for waiter in waiters:
+        bell.dismiss(waiter, ["k"])
+
+
 def test_a_second_ring_is_for_the_next(store):
     """One that was rung for may be slow to wake: the other needn't wait for it."""
     bell, waiters = store._database.bell, [Waiter(), Waiter()]
@@ -661,6 +687,23 @@ def test_an_heir_that_has_no_time_passes_the_role_on(store):
             watch.resign(waiter)
         assert watch._watcher is watch._heir is None
         assert not watch._parked
+    finally:
+        watch.close()
+
+
+def test_who_parks_takes_over_a_role_that_is_lost(store, monkeypatch):
+    """Its watcher has not come round for long: it hangs, or is gone."""
+    monkeypatch.setattr(watching, "LOOK_AGAIN_SECONDS", -1.0)  # every role counts as lost
+    bell, watch, waiters = store._database.bell, watching.Watch(), [Waiter(), Waiter()]
+    try:
+        joins = []
+        for waiter in waiters:
+            joins.append(in_threads(1, lambda _, it=waiter: watch.park(bell, it, PATIENCE_SECONDS)))
+            eventually(lambda it=waiter: watch._watcher is it, "a new watcher")
+        for waiter in waiters:
+            waiter.wake()
+        for join in joins:
+            join()
     finally:
         watch.close()
 
@@ -1160,7 +1203,8 @@ def test_no_store_trusts_its_file_while_another_reads_the_events(tmp_path, monke
                 file.unlink(missing_ok=True)
                 proceed.set()
                 assert join_first() == [False]
-                join_second()
+                found = join_second()
+                assert found == [False] or not slow_after, "it was gone before"
             assert not second.stands()
         finally:
             first.close()

@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import os
 import pathlib
+import shutil
 import stat
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from killed import opens_killed
 
 import sqlspace
 from sqlspace import connection as opener
-from sqlspace import mounts, schema
+from sqlspace import mounts, schema, session
 
 MAGIC = b"SQLite format 3\0"
 JOURNAL = (  # hot, and leading back to a database of no pages
@@ -310,6 +311,22 @@ def test_a_look_that_others_disturbed_is_taken_again(path, monkeypatch):
 
 
 # -- what can't be a store's file
+
+
+def test_a_file_that_is_replaced_while_it_is_opened_is_noticed(path, monkeypatch):
+    """Else all that is pushed would go into a file that nobody else ever sees."""
+    sqlspace.open(path).close()
+    real = session.open_verified
+
+    def slow(options):
+        connection = real(options)
+        shutil.copy(path, path + ".copy")
+        os.rename(path + ".copy", path)
+        return connection
+
+    monkeypatch.setattr(session, "open_verified", slow)
+    with pytest.raises(sqlspace.MovedError):
+        sqlspace.open(path)
 
 
 def test_a_missing_directory_is_a_store_error(tmp_path):
@@ -617,7 +634,10 @@ def test_a_zeroed_page_is_refused(path):
 # -- a schema that isn't ours, or not as we made it
 
 
-NEWER = "INSERT INTO sqlspace_schema (version, name, applied_at) VALUES (9999, 'z', 1)"
+NEWER = """
+INSERT INTO sqlspace_schema (version, name, applied_at)
+SELECT max(version) + 1, 'z', 1 FROM sqlspace_schema
+"""
 TAMPERED = {
     "added column": "ALTER TABLE sqlspace_entries ADD COLUMN extra TEXT",
     "renamed column": "ALTER TABLE sqlspace_entries RENAME COLUMN lease TO leash",
@@ -669,7 +689,7 @@ def test_a_schema_that_was_tampered_with_is_refused(path, how, embed):
     error = ensure_refused(path, sqlspace.SchemaError, "", embed=embed)
     if how == "newer":
         assert "newer sqlspace" in str(error)
-        assert "9999" in str(error)
+        assert f"schema {len(schema.migrations()) + 1};" in str(error)
 
 
 def test_tampering_that_is_still_in_the_wal_is_refused_and_stays_there(path):

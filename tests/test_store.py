@@ -215,6 +215,15 @@ def test_the_history_holds_so_many_tombstones_of_the_whole_file_and_no_more(path
     assert wanted <= stones <= wanted + upkeep.PRUNE_EVERY + 1
 
 
+def test_what_is_taken_at_once_is_counted_one_by_one(path):
+    """Each has a place of its own in the history, behind what was taken before."""
+    with sqlspace.open(path, sync=False, history=2) as store:
+        seqs = store.push_many("a", [b"1", b"2", b"3"])
+        store.pull("a")
+        store.pull_many("a", 2)
+        assert [stone.seq for stone in store.history("a")] == seqs[1:]
+
+
 def test_the_smallest_history_of_all_open_stores_wins_while_it_is_open(path):
     """And no longer: when it is closed, the other's counts again."""
     with sqlspace.open(path, sync=False, history=100) as large:

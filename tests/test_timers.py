@@ -362,6 +362,29 @@ def test_what_comes_due_between_the_look_and_the_sleep_is_not_missed(store, monk
 
 
 @pytest.mark.usefixtures("_only_timers")
+def test_the_watching_thread_is_told_of_times_that_others_wait_for(store):
+    """It looks for all of its process, and may sleep long for itself."""
+    watcher = in_thread(lambda: store.pull("nothing"))
+    parked(1)
+    store.push("k", b"payload", delay=0.05)
+    assert in_thread(lambda: store.pull("k"))() == b"payload"
+    store.push("nothing", b"the end")
+    assert watcher() == b"the end"
+
+
+@pytest.mark.usefixtures("_only_timers")
+def test_the_nearest_time_counts(store):
+    """Whoever told it, and whenever: others' times are found anew by the look."""
+    bell, waiter = store._database.bell, Waiter()
+    bell.enroll(waiter, ["k"], takes=True)
+    file = bell._watch._files[bell.name]
+    for seconds in (300.0, 100.0, 200.0):
+        bell.expect(seconds)
+    assert 0 < file.timers[bell] - time.monotonic() <= 100.0
+    bell.dismiss(waiter, ["k"])
+
+
+@pytest.mark.usefixtures("_only_timers")
 def test_what_comes_due_right_after_the_last_look_is_not_missed(store, monkeypatch):
     """When to wake is asked as of the look, not of a moment later."""
     real, run, skew, looks = clock.now, taking.Grab.run, 0, []

@@ -84,6 +84,7 @@ def test_who_waits_is_let_in_when_the_other_leaves(gate):
     thread.start()
     eventually(lambda: is_blocked(first._descriptor), "the wait")
     assert not inside
+    assert first._marks.find(Marks.ask(QUEUED_AT, 1)) is not None, "or it would be overtaken"
     first.leave()
     thread.join(PATIENCE_SECONDS)
     assert inside == [True]

@@ -878,7 +878,7 @@ MUTANTS = [
         "a push wakes no thread of its own process",
         "if self._marks.alone and not self._takers and not self._readers:",
         "if self._marks.alone:",
-        "doorbell::one_push_wakes_one_taker",
+        "options::a_pull_that_waits_is_woken_by_whatever_brings_an_entry",
     ),
     _mutant(
         "readers-elsewhere-sleep",
@@ -893,15 +893,14 @@ MUTANTS = [
         "of those that wait without taking one is woken",
         "        for waiter in self._readers.get(token, ()):\n            waiter.wake()\n",
         "        for waiter in [*self._readers.get(token, ())][:1]:\n            waiter.wake()\n",
-        "doorbell::all_who_wait_without_taking_are_woken",
+        "doorbell::a_ring_wakes_all_who_read_and_of_those_who_take_the_first",
     ),
     _mutant(
         "rung-for-himself",
         "who takes one of two entries wakes himself, and the other entry nobody",
         "(taker for taker in takers if taker is not besides)",
         "(taker for taker in takers)",
-        "doorbell::who_is_rung_for_one_key_and_takes_of_another_wakes_the_next",
-        "timers::pushers_in_several_processes_get_in_one_after_the_other",
+        "doorbell::a_ring_wakes_all_who_read_and_of_those_who_take_the_first",
     ),
     _mutant(
         "closed-and-asleep",
@@ -909,6 +908,7 @@ MUTANTS = [
         "        if session is not None:\n            session.bell.wake_all()\n        self._committer",
         "        self._committer",
         "doorbell::close_ends_every_wait",
+        harmless="a second bolt: the bell's own close wakes them, after the calls under way",
     ),
     # -- watch
     _mutant(
@@ -930,7 +930,7 @@ MUTANTS = [
         "when the watching thread hangs nobody listens any more",
         "if self._watcher is None or lost:",
         "if self._watcher is None:",
-        "doorbell::a_lost_role_is_taken_over_while_the_lost_one_listens",
+        "doorbell::who_parks_takes_over_a_role_that_is_lost",
     ),
     _mutant(
         "an-overflow-is-nothing",
@@ -944,10 +944,7 @@ MUTANTS = [
         "what comes due early is seen late",
         "file.timers.get(bell, at) < at:",
         "file.timers.get(bell, at) > at:",
-        "timers::a_delay_ends",
-        "timers::a_delay_that_was_there_before_the_wait_ends",
-        "timers::a_time_to_live_makes_room",
-        "timers::many_takers_get_each_delayed_entry_once_and_in_time",
+        "timers::the_nearest_time_counts",
     ),
     _mutant(
         "a-time-without-a-nudge",
@@ -956,16 +953,14 @@ MUTANTS = [
         "                self.nudge()",
         "            file.timers[bell] = at\n            if self._watcher is None:\n"
         "                self.nudge()",
-        "timers::what_comes_due_between_the_look_and_the_sleep_is_not_missed",
-        "timers::a_delay_that_was_there_before_the_wait_ends",
-        "timers::many_takers_get_each_delayed_entry_once_and_in_time",
+        "timers::the_watching_thread_is_told_of_times_that_others_wait_for",
     ),
     _mutant(
         "a-sign-is-not-followed",
         "the entries of writers that ring nobody are seen seconds later",
         "                if changed.bells:\n                    self._plan(changed)\n",
         "",
-        "doorbell::a_foreign_writer_wakes_a_waiter",
+        "doorbell::a_foreign_writer_is_seen_after_a_long_calm",
     ),
     _mutant(
         "what-the-look-found-is-kept",
@@ -1095,11 +1090,11 @@ MUTANTS = [
         "damage::an_entry_with_the_number_of_a_taking_is_no_tombstone",
     ),
     _mutant(
-        "one-tombstone-too-many",
-        "the history holds one more than it was told",
+        "one-tombstone-too-few",
+        "the history holds one less than it was told",
         "(max(last - keep, -1), rows)",
-        "(max(last - keep - 1, -1), rows)",
-        "store::the_history_holds_so_many_tombstones_of_the_whole_file_and_no_more",
+        "(max(last - keep + 1, -1), rows)",
+        "store::what_is_taken_at_once_is_counted_one_by_one",
     ),
     _mutant(
         "compact-keeps-the-highest",
@@ -1122,8 +1117,7 @@ MUTANTS = [
         "what is taken in one step has the number of what was taken before it",
         "for number, seq in enumerate(seqs, 1)]",
         "for number, seq in enumerate(seqs)]",
-        "store::what_was_taken_stays_in_the_history_in_the_order_of_taking",
-        "store::the_history_holds_so_many_tombstones_of_the_whole_file_and_no_more",
+        "store::what_is_taken_at_once_is_counted_one_by_one",
     ),
     _mutant(
         "any-key-may-remove",
@@ -1146,7 +1140,7 @@ MUTANTS = [
         "who waits is overtaken by those who come back",
         "            self._marks.hold(QUEUED_AT)\n",
         "",
-        "turnstile::who_comes_back_does_not_overtake_those_who_wait",
+        "turnstile::who_waits_is_let_in_when_the_other_leaves",
     ),
     _mutant(
         "queued-for-ever",
@@ -1204,11 +1198,10 @@ MUTANTS = [
     ),
     _mutant(
         "nobody-is-told",
-        "who has the store to itself doesn't notice that another came",
+        "who looked before another's mark was set believes that it is alone",
         "            os.close(os.open(self._found[-1][0], os.O_RDONLY | os.O_CLOEXEC))\n",
         "            pass\n",
-        "turnstile::who_comes_is_noticed_before_the_next_write",
-        harmless="SQLite opens the -wal, too; this one comes after the mark is set",
+        "turnstile::who_comes_is_noticed_though_it_was_looked_for_a_moment_too_soon",
     ),
     _mutant(
         "looked-at-once",
@@ -1292,8 +1285,7 @@ MUTANTS = [
         "a store is opened over a file that is not under its path any more",
         "if not self.identity.stands() or has_moved(self.connection):",
         "if not self.identity.stands():",
-        "hazards::every_hazard_has_its_guard_and_its_test",
-        "open::a_look_that_others_disturbed_is_taken_again",
+        "open::a_file_that_is_replaced_while_it_is_opened_is_noticed",
     ),
     _mutant(
         "the-child-checkpoints",
@@ -1302,7 +1294,7 @@ MUTANTS = [
         "        connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)\n",
         "            forks.detach(connection)\n",
         "processes::a_forked_child_is_safe_when_its_parent_ends",
-        "processes::a_child_that_closes_takes_nothing_from_its_parent",
+        harmless="a second bolt: SQLite asks the kernel for a lock first, that the parent keeps from it",
     ),
     _mutant(
         "forked-inside-and-on",
@@ -1405,7 +1397,7 @@ MUTANTS = [
         "a push that was refused leaves a reserve that takes the others' room",
         "            _cut(self._descriptor, before[0])\n            self._note(before[1])\n",
         "            self._note(before[1])\n",
-        "reserve::a_push_that_the_reserve_can_not_be_made_to_cover_changes_nothing",
+        "reserve::where_the_wal_can_not_take_a_large_push_the_reserve_does_not_grow_for_it",
     ),
     _mutant(
         "a-link-is-cut",
