@@ -249,6 +249,19 @@ def test_what_kept_the_rules_is_not_complained_of():
     assert counts["refused"] == 1
 
 
+def test_a_kill_explains_the_loss_of_what_was_told_no_seq():
+    """Also one that came too early for the others that are missing."""
+    it = forged()
+    lose_what_was_told_no_seq(it)
+    it.begin(2, "take", ["queue"], 1)
+    it.cut(2)
+    it.push(60, key="queue")
+    it.begin(1, "take", ["queue"], 1)
+    it.cut(1)
+    it.entomb(60, TAKEN)
+    assert it.problems() == []
+
+
 def test_tombstones_that_were_compacted_away_are_not_missed():
     """With what is left, and the logs, every rule is still judged."""
     it = forged()
@@ -480,6 +493,12 @@ def lose(it):
     it.push(60, 61, key="queue")
     it.take(0, 61)
     it.entomb(60, TAKEN)
+
+
+def lose_what_was_told_no_seq(it):
+    """As a push through the view is, by another library."""
+    it.begin(3, "push", "queue", ["nameless"], {})
+    it.end(3, [None])
 
 
 def lose_more_than_a_kill_explains(it):
@@ -737,6 +756,7 @@ FAULTS = [
     (double, "p60: stands twice in the file"),
     (pass_over, "queue: p61 came out before p60"),
     (lose, "queue: p60 is lost"),
+    (lose_what_was_told_no_seq, "queue: nameless is lost, and its seq was never told"),
     (lose_more_than_a_kill_explains, "queue: p61 is lost"),
     (lose_before_the_kill, "queue: p60 is lost"),
     (lose_a_part_of_a_batch, "queue: one is lost"),

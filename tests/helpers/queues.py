@@ -212,28 +212,33 @@ class Queues:
 
         When that was, the takes of its neighbours tell. In the order of their seqs the windows
         begin and end later and later, so to each goes, of the takes that fit, the one that was
-        cut off first.
+        cut off first. Whoever was told no seq gets what is left, for any that ended later will do.
         """
         numbered = [look for look in self.looks[key] if look.takes and look.entry.seq is not None]
         since = Frontier((look.entry.seq, (look.began, "")) for look in numbered)
         until = Frontier((-look.entry.seq, (-look.ended, "")) for look in numbered)
         cuts = sorted(self.cuts[key], reverse=True)
-        fit = []
+        fit, left = [], []
         delayed = any(each.delay for each in self.of_key[key])
-        for entry in sorted(missing, key=lambda each: each.seq or NEVER):
+        for entry in sorted((each for each in missing if each.seq), key=lambda each: each.seq):
             begin, end = entry.began, NEVER
-            if entry.seq is not None and not delayed:
+            if not delayed:
                 begin = max(begin, since.before(entry.seq)[0])
                 end = -until.before(-entry.seq)[0]
             while cuts and cuts[-1][0] <= end:
                 began, ended = cuts.pop()
                 heapq.heappush(fit, (ended, began))
             while fit and fit[0][0] < begin:
-                heapq.heappop(fit)
+                left.append(heapq.heappop(fit)[0])
             if fit:
                 heapq.heappop(fit)
             else:
                 self.say(f"{key}: {entry.payload} is lost (seq {entry.seq})")
+        left = sorted([*left, *(ended for ended, _ in fit), *(ended for _, ended in cuts)])
+        nameless = [each for each in missing if not each.seq]
+        for entry in sorted(nameless, key=lambda each: each.began, reverse=True):
+            if not left or left.pop() < entry.began:
+                self.say(f"{key}: {entry.payload} is lost, and its seq was never told")
 
     def judge_tombstones(self):
         """What the file says of them agrees with what the workers saw."""
