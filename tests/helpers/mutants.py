@@ -490,9 +490,7 @@ MUTANTS = [
         "            if operation not in self.carried and not operation.finished:\n"
         "                raise\n",
         "            raise\n",
-        "committer::a_close_wakes_those_in_the_queue",
-        "committer::a_file_that_was_moved_wakes_all_with_moved_error",
-        harmless="what raises is settled: it waits until it was carried, and is undone",
+        "committer::a_call_that_is_carried_is_not_told_that_the_store_is_closed",
     ),
     _mutant(
         "answered-and-awaiting",
