@@ -31,22 +31,17 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
-import apsw
-
-from .connection import Connection, nested
+from .connection import Connection
 from .errors import SpaceError, StoreError
 from .turnstile import Turnstile
 from .waiting import Waiter, surely
 
 __all__ = [
-    "BrokenError",
     "Committer",
     "Operation",
     "Seizure",
     "Step",
     "Work",
-    "is_interrupt",
-    "together",
 ]
 
 _ACQUIRE = operator.methodcaller("acquire")
@@ -153,73 +148,6 @@ class Seizure(Operation):
     def __init__(self) -> None:
         super().__init__()
         self.granted: list[Any] = []  # not empty once the turnstile was entered for it
-
-
-class BrokenError(Exception):
-    """An operation's failure took the transaction of all with it."""
-
-    def __init__(self, operation: Operation, error: Exception) -> None:
-        super().__init__()
-        self.operation = operation
-        self.error = error
-
-
-def is_interrupt(error: Exception) -> bool:
-    """Whether a signal's handler raised it, an alarm's TimeoutError: then it ends its own call.
-
-    Handlers run in the main thread. What is raised there, and is neither ours nor SQLite's, is
-    theirs.
-    """
-    ours = isinstance(error, apsw.Error | SpaceError | BrokenError)
-    return not ours and threading.get_ident() == threading.main_thread().ident
-
-
-def together(
-    connection: Connection,
-    operations: Iterable[Operation],
-    cover: Callable[[int, int, int], None],
-) -> None:
-    """Carry them out in the caller's transaction, each by itself: a refusal is that one's alone.
-
-    Args:
-        connection: For writing.
-        operations: In this order.
-        cover: Called before each that pushes, with how many bytes this transaction will have pushed
-            then, the largest entry of this one, and how many have pushed then.
-
-    Raises:
-        BrokenError: Because of one of them the transaction must be rolled back.
-    """
-    added = pushes = 0
-    for operation in operations:
-        try:
-            if operation.probe(connection):
-                if operation.adds is not None:
-                    cover(added + operation.adds, operation.largest, pushes + 1)
-                    added += operation.adds
-                    pushes += 1
-                operation.tokens = _within(connection, operation)
-                operation.done.append(None)
-        except Exception as error:
-            if is_interrupt(error):
-                raise
-            stands = operation.done and not operation.whole
-            disk = isinstance(error, apsw.IOError | apsw.FullError)
-            if stands or disk or not connection.in_transaction:
-                raise BrokenError(operation, error) from error
-            operation.retract()
-            operation.error = error
-
-
-def _within(connection: Connection, operation: Operation) -> Iterable[str]:
-    # One statement that fails changes nothing, so a savepoint, for 30 %, is for several only.
-    tokens = None
-    if not operation.whole:
-        tokens = operation.step(connection)
-    if tokens is None:
-        tokens = nested(connection, operation.step)
-    assert tokens is not None
-    return tokens
 
 
 class File(Protocol):

@@ -23,6 +23,7 @@ import apsw
 
 from . import schema
 from .errors import CorruptError, SchemaError, StoreError
+from .marks import Marks
 from .mounts import is_mount_point, network_file_system
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "roll_back",
     "run",
     "sync",
+    "sync_anew",
 ]
 
 # The first SQLite with the fix of the WAL-reset bug, which could lose commits.
@@ -70,6 +72,8 @@ _WAL_BYTES = 8 << 20
 _FIRST_PAGE_BYTES = 4096
 
 _LOOKS_AT_LOCKS = 20
+
+_CHUNK_BYTES = 1 << 20
 
 _DATABASE_MAGIC = b"SQLite format 3\0"
 _JOURNAL_MAGIC = bytes.fromhex("d9d505f920a163d7")
@@ -154,6 +158,7 @@ def open_verified(options: Options) -> Connection:
         mode = _patiently(deadline, lambda: connection.pragma("journal_mode", "wal"))
         if mode != "wal":
             raise StoreError(f"{path}: SQLite can't keep a -wal here (journal mode {mode})")
+        _patiently(deadline, lambda: _secure(connection, path))
         _patiently(deadline, lambda: schema.migrate(connection, embed=options.embed))
     except BaseException:
         # Without a checkpoint. But to read made a -wal, in which there is nothing to move: it goes.
@@ -172,6 +177,15 @@ def _is_empty(path: str) -> bool:
 def connect(options: Options, flags: int) -> Connection:
     """A connection with our settings, which doesn't checkpoint when it is closed."""
     connection = Connection(options.path, flags, options.vfs)
+    try:
+        _set_up(connection, options)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _set_up(connection: Connection, options: Options) -> None:
     connection.set_busy_timeout(int(options.busy_timeout * 1000))
     for setting, value in (
         (apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1),
@@ -191,7 +205,33 @@ def connect(options: Options, flags: int) -> Connection:
     if options.sync:  # where fsync doesn't reach the platter (macOS)
         connection.pragma("fullfsync", 1)
         connection.pragma("checkpoint_fullfsync", 1)
-    return connection
+
+
+def _secure(connection: Connection, path: str) -> None:
+    """Have a -wal on the disk that was left behind, before anything is built upon it.
+
+    Who left it may have failed to sync it: then it is whole in the system's cache only. What comes
+    behind it would be lost with it, and a checkpoint that a power cut ends would leave half of it.
+
+    Raises:
+        apsw.Error, StoreError: It may not be on the disk.
+    """
+    try:
+        descriptor = os.open(path + "-wal", os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:  # under a vfs that keeps its files elsewhere
+        return
+    try:
+        # Whoever has it open has done so, or knows by SQLite's shared memory how far it is whole.
+        if os.fstat(descriptor).st_size and not Marks(descriptor).others():
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                sync_anew(descriptor)
+            finally:
+                roll_back(connection)
+    except OSError as error:
+        raise StoreError(f"{path}-wal: {error.strerror}") from error
+    finally:
+        os.close(descriptor)
 
 
 def _look(options: Options) -> int:
@@ -411,3 +451,15 @@ def sync(descriptor: int) -> None:
         fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
     else:
         os.fdatasync(descriptor)
+
+
+def sync_anew(descriptor: int) -> None:
+    """Have on the disk what a sync has failed to write.
+
+    The system takes that for clean, and no later sync writes it: so all of the file is written once
+    more, as it stands. Nobody else may write to it meanwhile.
+    """
+    offset = 0
+    while data := os.pread(descriptor, _CHUNK_BYTES, offset):
+        offset += os.pwrite(descriptor, data, offset)
+    sync(descriptor)

@@ -1,15 +1,13 @@
-"""One file as one process has it open: the order of a write, and the truth of its errors.
+"""One file as one process has it open: its session, its forks, who may come in, what it raises.
 
 Everything that a fork invalidates hangs on a `Session`; the child drops the parent's and opens its
 own at the next call. One lock lets one thread at a time to the writing connection; another guards
 the reading one, so that browsing a large store delays no push.
 
-The law of `write`: closed? moved? then through the turnstile, the statements, out again, moved?
-Only then is anything acknowledged. An error before the commit means that nothing happened; after a
-failed commit one more durable commit makes that certain, or the error is UndecidedError.
+The law of a write: closed? moved? is there anything to do? Then through the turnstile; what is done
+in there is the law of `commits`.
 """
 
-import copy
 import logging
 import os
 import threading
@@ -21,25 +19,9 @@ from typing import Any
 import apsw
 
 from . import forks, schema
-from .committer import (
-    BrokenError,
-    Committer,
-    Operation,
-    Seizure,
-    Step,
-    Work,
-    is_interrupt,
-    together,
-)
-from .connection import (
-    Connection,
-    Options,
-    holds_lock,
-    nested,
-    roll_back,
-    run,
-    sync,
-)
+from .commits import Commits
+from .committer import Committer, Operation, Seizure, Step, Work
+from .connection import Connection, Options, holds_lock, roll_back
 from .doorbell import Doorbell, Stirring
 from .errors import (
     BusyError,
@@ -49,7 +31,6 @@ from .errors import (
     MovedError,
     SchemaError,
     StoreError,
-    UndecidedError,
 )
 from .marks import HISTORY_AT
 from .reserve import release
@@ -95,6 +76,7 @@ class Database:
         self._still: list[threading.Lock] = []  # locks that are held while the process forks
         self._unclosed = False  # by a signal's handler, which had to leave it to the call
         self._committer = Committer(self)
+        self._commits = Commits(self, self._committer)
         self._read_lock = threading.Lock()
         self._browser: int | None = None  # the thread that has it
         self.inside = False  # whether the thread that forks, or did, is in the middle of a call
@@ -154,7 +136,7 @@ class Database:
         identity = session.identity
         now = operation.deadline - self._busy_timeout
         if session.poll(0) or identity.alarmed or now >= identity.look_at:
-            self._ensure_in_place(session, undecided=False)
+            self.ensure_in_place(session, undecided=False)
         session.patience.deadline = operation.deadline
         try:
             if not operation.probe(session.connection):
@@ -166,9 +148,9 @@ class Database:
         try:
             if committer.enter(session.turnstile, operation):
                 if committer.queue:
-                    self._commit_together(session, operation)
+                    self._commits.commit_together(session, operation)
                 else:
-                    self._commit_alone(session, operation)
+                    self._commits.commit_alone(session, operation)
         except BaseException:
             if not committer.waiting:  # else it is not ours, but the helper's
                 session.turnstile.leave()
@@ -184,12 +166,12 @@ class Database:
         session.patience.deadline = time.monotonic() + self._busy_timeout
         operation = self._committer.take_only()
         if operation is None:
-            self._commit_together(session, None)
+            self._commits.commit_together(session, None)
             return
         try:
             # What it found before it had to wait is mostly gone.
             if operation.probe(session.connection):
-                self._commit_alone(session, operation)
+                self._commits.commit_alone(session, operation)
         except Exception as error:  # noqa: BLE001  # raised where it was asked for
             operation.error = self.mapped(error) if isinstance(error, apsw.Error) else error
         turnstile.leave()
@@ -205,259 +187,9 @@ class Database:
                 if self._session is None:  # closed, or unusable, since
                     log.error("%s: a call that failed could not be undone", self.options.path)
                 else:
-                    self._take_all_back([operation], self._session, committed=True)
+                    self._commits.take_all_back([operation], self._session, committed=True)
             finally:
                 committer.leader = None
-
-    def _commit_alone(self, session: Session, operation: Operation) -> None:
-        """Inside the turnstile: one operation, and out."""
-        connection = session.connection
-        try:
-            try:
-                if session.reserve.due:
-                    session.reserve.tend(connection)
-                try:
-                    tokens = self._carry_out(session, operation)
-                except apsw.FullError:
-                    if operation.adds is not None:
-                        raise
-                    self._relieve(session, [operation])
-                    tokens = self._carry_out(session, operation)
-                if operation.tidies:
-                    tokens = [*tokens, *self._tidied(connection)]
-            finally:
-                session.turnstile.leave()
-            self._confirm(session)
-            session.bell.ring_all(tokens, operation.besides)
-            operation.finished = True
-        except BaseException as error:
-            try:
-                self._take_back(session, error, operation)
-            except BaseException:  # on the way into it or out of it
-                self._take_back(session, error, operation)
-                raise
-            if isinstance(error, apsw.Error):
-                raise self._explained(session, error) from error
-            raise
-
-    def _carry_out(self, session: Session, operation: Operation) -> Iterable[str]:
-        """Do it, and commit; tokens."""
-        connection = session.connection
-        if operation.adds is not None:
-            alone = session.marks.alone
-            session.reserve.cover(connection, operation.adds, operation.largest, alone=alone)
-        self._boot(session)
-        tokens = None if operation.whole else operation.step(connection)
-        if tokens is None:
-            connection.execute("BEGIN IMMEDIATE")
-            tokens = operation.step(connection) or ()
-            run(operation.done, connection, "COMMIT", ())
-        return tokens
-
-    def _boot(self, session: Session) -> None:
-        """Before the first write, whoever it is for."""
-        if not session.booted:
-            try:
-                session.boot()
-            except apsw.FullError:
-                session.reserve.give_back(session.connection)
-                session.boot()
-            # Were it lost and repeated, what a power cut left of the write behind it would stand.
-            if session.syncs:
-                self._sync(session)
-
-    def _relieve(self, session: Session, carried: list[Operation]) -> None:
-        """The disk is full: have nothing stand of these, and make room for those that take."""
-        self._take_all_back(carried, session, committed=False)
-        session.reserve.give_back(session.connection)
-
-    def _commit_together(self, session: Session, own: Operation | None) -> None:
-        """Inside the turnstile: those that have joined, in one transaction, and out."""
-        committed: list[Any] = []  # not empty once they are
-        failed: list[Exception] = []
-        interrupt: BaseException | None = None
-
-        def conclude() -> None:
-            session.turnstile.leave()
-            self._conclude(session, committed, failed)
-
-        try:
-            if session.reserve.due:
-                session.reserve.tend(session.connection)
-            try:
-                self._carry_out_together(session, committed, own)
-            except (apsw.FullError, BrokenError) as error:
-                self._relieve_together(session, committed, error)
-        except Exception as error:
-            if is_interrupt(error):
-                raise
-            failed.append(error)  # told to each of them below
-        finally:
-            try:
-                try:
-                    conclude()
-                except BaseException as error:  # noqa: BLE001  # raised below
-                    interrupt = surely(conclude) or error
-            except BaseException:  # on the way into it or out of it
-                surely(conclude)
-                raise
-        if interrupt is not None:
-            raise interrupt
-        if failed and not isinstance(failed[0], BrokenError) and own and not own.finished:
-            raise self._explained(session, failed[0]) from failed[0]
-
-    def _carry_out_together(
-        self, session: Session, committed: list[Any], own: Operation | None
-    ) -> None:
-        """Take what has joined, do it, and commit."""
-        self._boot(session)
-        session.connection.execute("BEGIN IMMEDIATE")
-        self._committer.take(own)
-        self._do_together(session, self._committer.carried, committed)
-
-    def _do_together(
-        self, session: Session, carried: list[Operation], committed: list[Any]
-    ) -> None:
-        connection = session.connection
-
-        def cover(added: int, largest: int, pushes: int) -> None:
-            session.reserve.cover(connection, added, largest, alone=False, pushes=pushes)
-
-        together(connection, carried, cover)
-        self._tidy_together(connection)
-        run(committed, connection, "COMMIT", ())
-
-    def _relieve_together(
-        self, session: Session, committed: list[Any], error: apsw.FullError | BrokenError
-    ) -> None:
-        """If the disk is full: what pushes is refused, and what takes is done all the same."""
-        cause: Exception = error
-        if isinstance(error, BrokenError):
-            cause = error.error
-            if error.operation.adds is not None:  # it alone may be too large
-                raise error
-        carried = self._committer.carried
-        taking = [each for each in carried if each.adds is None]
-        if not isinstance(cause, apsw.FullError) or not taking:
-            raise error
-        self._relieve(session, carried)
-        for each in carried:
-            if each.adds is not None:
-                each.error = cause
-        session.connection.execute("BEGIN IMMEDIATE")
-        self._do_together(session, taking, committed)
-
-    def _tidy_together(self, connection: Connection) -> None:
-        for operation in self._committer.carried:
-            if operation.tidies:
-                operation.tokens = [*operation.tokens, *self._tidied(connection)]
-                return  # once for all of them
-
-    def _tidied(self, connection: Connection) -> list[str]:
-        """Tidy up, in a transaction by itself or within the caller's; tokens."""
-        within = connection.in_transaction
-        keep = self.history()
-        try:
-            if within:
-                return nested(connection, lambda connection: self._tidy(connection, keep))
-            connection.execute("BEGIN IMMEDIATE")
-            tokens = self._tidy(connection, keep)
-            connection.execute("COMMIT")
-        except apsw.Error:  # the next one does it
-            log.warning("%s: tidying failed", self.options.path, exc_info=True)
-            if within and not connection.in_transaction:  # it took the caller's work with it
-                raise
-            if not within:
-                roll_back(connection)
-            return []
-        except BaseException:
-            # An open transaction would be taken for the caller's own, and nothing be undone.
-            if not within:
-                try:
-                    surely(lambda: roll_back(connection))
-                except BaseException:  # on the way into it or out of it
-                    surely(lambda: roll_back(connection))
-                    raise
-            raise
-        return tokens
-
-    def _conclude(self, session: Session, committed: list[Any], failed: list[Exception]) -> None:
-        """Finish what was committed, refuse what failed, hand back what it broke. Idempotent."""
-        carried = [each for each in self._committer.carried if not each.finished]
-        if committed and not failed:
-            try:
-                self._confirm(session)
-                for operation in carried:
-                    session.bell.ring_all(operation.tokens, operation.besides)
-                    if isinstance(cause := operation.error, apsw.Error):
-                        operation.error = self.mapped(cause)
-                        operation.error.__cause__ = cause
-                    operation.finished = True
-            except StoreError as error:
-                failed.append(error)
-        if not committed or (failed and isinstance(failed[0], MovedError)):
-            self._take_all_back(carried, session, committed=bool(committed))
-        if failed and carried:
-            self._refuse(session, carried, failed[0])
-        self._committer.answer()
-
-    def _refuse(self, session: Session, carried: list[Operation], error: Exception) -> None:
-        """All of them have failed, or the one that broke the transaction of all."""
-        refused = carried
-        if isinstance(error, BrokenError):
-            refused = [error.operation]
-            error = error.error
-        ours = self._explained(session, error)
-        for operation in refused:
-            operation.error = copy.copy(ours)
-            operation.error.__cause__ = error.__cause__ if ours is error else error
-            operation.finished = True
-
-    def _take_all_back(
-        self, carried: list[Operation], session: Session, *, committed: bool
-    ) -> None:
-        """Have nothing stand of what these did. Idempotent."""
-        connection = session.connection
-        session.patience.deadline = time.monotonic() + self._busy_timeout
-        try:
-            if not committed:
-                roll_back(connection)
-            for operation in carried:
-                if not committed:
-                    operation.retract()
-                elif operation.done:
-                    try:
-                        operation.undo(connection)
-                    except apsw.FullError:
-                        session.reserve.give_back(connection)
-                        operation.undo(connection)
-                    operation.done.clear()
-        except apsw.Error:
-            log.exception("%s: a call that failed could not be undone", self.options.path)
-
-    def _confirm(self, session: Session) -> None:
-        """After a commit: it is as durable as promised, and in the file under this path."""
-        if session.syncs:
-            self._sync(session)
-        if session.poll(0) or session.identity.alarmed:
-            self._ensure_in_place(session, undecided=True)
-
-    def _sync(self, session: Session) -> None:
-        """Sync the -wal ourselves, outside of the turnstile, so that others' syncs go on meanwhile.
-
-        If it fails, the system takes the pages for clean, and all can see what may never reach the
-        disk. So everything is moved into the file itself, and that is synced.
-        """
-        assert session.wal_descriptor is not None
-        try:
-            sync(session.wal_descriptor)
-        except OSError as error:
-            log.warning("%s: the -wal could not be synced: %s", self.options.path, error)
-            session.patience.deadline = time.monotonic() + self._busy_timeout
-            try:
-                session.connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
-            except apsw.Error:
-                raise self._undecided() from error
 
     def _seize(self, held: list[Any]) -> Session:
         """Go in alone, until `end`."""
@@ -468,12 +200,12 @@ class Database:
 
         def enter() -> bool:
             session = self._ready()
-            self._ensure_in_place(session, undecided=False)
+            self.ensure_in_place(session, undecided=False)
             return committer.enter(session.turnstile, seizure)
 
         committer.seize(seizure, held, enter)
         session = self._ready()
-        self._ensure_in_place(session, undecided=False)  # again, for it may have had to wait
+        self.ensure_in_place(session, undecided=False)  # again, for it may have had to wait
         session.patience.deadline = seizure.deadline
         return session
 
@@ -497,12 +229,12 @@ class Database:
         try:
             if session.reserve.due:
                 session.reserve.tend(session.connection)
-            self._boot(session)
+            self._commits.boot(session)
             session.connection.execute("BEGIN IMMEDIATE")
         except Exception as error:
             self.ensure_not_forked_inside()
             if isinstance(error, apsw.Error):
-                raise self._explained(session, error) from error
+                raise self._commits.explained(session, error) from error
             raise
         return session.connection
 
@@ -515,7 +247,7 @@ class Database:
     def relieve(self) -> None:
         """What was begun only takes, and found the disk full: it is over, the next one has room."""
         if (session := self._whole) is not None:
-            self._relieve(session, [])
+            self._commits.relieve(session, [])
 
     def commit(self, tokens: Iterable[str], *, takes: bool) -> None:
         """Commit what was begun, and ring; raises as `write`, and then nothing happened.
@@ -536,15 +268,15 @@ class Database:
                 )
             session.connection.execute("COMMIT")
             session.turnstile.leave()
-            self._confirm(session)
+            self._commits.confirm(session)
             session.bell.ring_all(tokens)
         except BaseException as error:
             self.ensure_not_forked_inside()
             if takes and isinstance(error, apsw.FullError):
                 self.relieve()
-            self._take_back(session, error, None)
+            self._commits.take_back(session, error, None)
             if isinstance(error, apsw.Error):
-                raise self._explained(session, error) from error
+                raise self._commits.explained(session, error) from error
             raise
 
     def end(self, held: list[Any]) -> None:
@@ -566,6 +298,10 @@ class Database:
         if self._unclosed:
             self.close()
 
+    def tidy(self, connection: Connection) -> list[str]:
+        """In a transaction: delete what is beyond the history, and age what is due; tokens."""
+        return self._tidy(connection, self.history())
+
     def touch(self, connection: Connection) -> None:
         """Make sure that the commit to come writes something, and so is synced."""
         connection.execute(UPDATE_BOOTS)
@@ -585,7 +321,7 @@ class Database:
             self._browser = thread
             try:
                 session = self._ready()
-                self._ensure_in_place(session, undecided=False)
+                self.ensure_in_place(session, undecided=False)
                 found = step(session.open_reader(self.options))
             except apsw.Error as error:
                 raise self.mapped(error) from error
@@ -637,6 +373,7 @@ class Database:
         def step(session: Session) -> None:
             if not schema.is_embedded(session.connection):
                 session.connection.execute("VACUUM")
+                self._commits.confirm(session)  # else a checkpoint's failed sync could lose it
 
         self._by_itself(step)
 
@@ -648,7 +385,7 @@ class Database:
             try:
                 step(session)
             except apsw.Error as error:
-                raise self._explained(session, error) from error
+                raise self._commits.explained(session, error) from error
         finally:
             try:
                 surely(lambda: self.end(held))
@@ -817,15 +554,16 @@ class Database:
         committer = self._committer
         return thread in (committer.leader, self._browser) or thread in committer.joined
 
-    def _ensure_in_place(self, session: Session, *, undecided: bool) -> None:
+    def ensure_in_place(self, session: Session, *, undecided: bool) -> None:
+        """Raise MovedError if the file under the path is another; see who else has it open."""
         if not session.identity.stands():
             moved = f"{self.options.path}: the file was unlinked, replaced or moved underneath"
-            self._spoil(MovedError(moved))
+            self.spoil(MovedError(moved))
             raise MovedError(moved, undecided)
         session.marks.look_around(hears=session.identity.hears)
-        session.reserve.due = True
+        session.reserve.remind()
 
-    def _spoil(self, error: StoreError) -> None:
+    def spoil(self, error: StoreError) -> None:
         """From now on, every verb raises this."""
         self._poison = error
         self._spent, self._session = self._session, None
@@ -850,54 +588,6 @@ class Database:
         if isinstance(error, apsw.CorruptError | apsw.NotADBError):
             return CorruptError(f"{path}: the file is damaged, or no SQLite database: {error}")
         return StoreError(f"{path}: {type(error).__name__}: {error}")
-
-    def _take_back(
-        self, session: Session, error: BaseException, operation: Operation | None
-    ) -> None:
-        """After an interrupt or a failure: leave no transaction open, and nothing done.
-
-        What SQLite refused to commit, or is rolled back, must not be undone as well: others may
-        have taken the entries, or been given the seqs, in the meantime. What may be on the disk or
-        not is left.
-
-        Raises:
-            BaseException: An interrupt that came meanwhile, which nothing else tells of.
-        """
-        connection = session.connection
-        # What is noted of a single statement SQLite has committed with it.
-        single = operation is not None and not operation.whole
-        stands = not connection.in_transaction and (single or not isinstance(error, apsw.Error))
-        carried = [] if operation is None or isinstance(error, UndecidedError) else [operation]
-
-        def step() -> None:
-            session.turnstile.leave()  # an interrupt may have kept it from that
-            self._take_all_back(carried, session, committed=stands)
-
-        interrupt = surely(step)
-        if interrupt is not None and isinstance(error, Exception):
-            raise interrupt
-
-    def _explained(self, session: Session, error: Exception) -> Exception:
-        """Ours for apsw's, and what it says is true: after a failed write, nothing of it stands.
-
-        Frames that a failed commit has left behind the log's end are valid for the next recovery.
-        One more commit overwrites them; if that fails too, nobody knows.
-        """
-        if isinstance(error, apsw.IOError):
-            session.patience.deadline = time.monotonic() + self._busy_timeout
-            try:
-                session.connection.execute(UPDATE_BOOTS)
-            except apsw.Error:
-                return self._undecided()
-        return self.mapped(error) if isinstance(error, apsw.Error) else error
-
-    def _undecided(self) -> UndecidedError:
-        undecided = UndecidedError(
-            f"{self.options.path}: the disk failed at the commit, and again afterwards: the last "
-            "operation may or may not have happened; open the store anew and look"
-        )
-        self._spoil(undecided)
-        return undecided
 
     # -- forks
 

@@ -41,7 +41,11 @@ class Marks:
             hears: Whether the caller will hear of it when somebody comes.
         """
         self.alone = False
-        self.alone = hears and self._descriptor is not None and self.find(_PRESENT) is None
+        self.alone = hears and self._descriptor is not None and not self.others()
+
+    def others(self) -> bool:
+        """Whether others are known to have the store open."""
+        return self.find(_PRESENT) is not None
 
     def hold(self, offset: int) -> None:
         """Set a mark; it shares its byte with others' marks."""

@@ -16,9 +16,12 @@ has grown to what it mostly has, 5 MB; it is cut again when the last store close
 Whoever makes it, lets it grow or gives it back is inside the turnstile; that it was given back, all
 processes see in its size. It is truncated and not removed, for others may have it open. Its content
 says what it is, and how large the largest entry may be. None of it is synced: what a power cut
-takes away of it, the next push makes again.
+takes away of it, the next push makes again. The one who cuts it outside of the turnstile is
+`release`, and whoever has just been alone may be inside without having asked: so room is allocated
+from the file's beginning, and no cut in between leaves a hole.
 
-A file of that name that isn't ours is left alone, and then there is no reserve.
+A file of that name that isn't ours is left alone, and then there is no reserve; once a second it is
+tried again.
 """
 
 import contextlib
@@ -53,6 +56,8 @@ _PUSH_PAGES = 1
 
 _BLOCK_BYTES = 512  # that stat counts in
 
+_LOOK_AGAIN_SECONDS = 1.0
+
 _PATIENCE_SECONDS = 0.1  # for those who read; one that never ends must not stop every push
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -81,8 +86,10 @@ class Reserve:
         self._wal_descriptor = wal_descriptor
         self._descriptor: int | None = None
         self._missing = wal_descriptor is None  # and can't be had
-        self._page_bytes = 0
-        self._left = 0  # bytes to push until the next look, if nobody else writes
+        self._told = False
+        self._look_at = 0.0  # on the monotonic clock
+        self._page_bytes = 0  # 0: not used yet
+        self._left = -1  # bytes to push until the next look, if nobody else writes
         self._entry_bytes = _SMALL_BYTES
 
     def cover(
@@ -102,20 +109,31 @@ class Reserve:
         """
         self._left -= size + size // 64 + pushes * _PUSH_PAGES * self._page_bytes
         if entry <= self._entry_bytes:
-            if alone and self._left >= 0 and self._descriptor is not None:
+            if alone and self._left >= 0:
                 return
             covered = self._ensure(connection, size, pushes)
         else:
             covered = self._cover_larger(connection, size, entry, pushes)
+        if alone:  # a thousand stores of one process need no thousand descriptors more
+            self._forget()
         if not covered:
             raise FullError(f"{self._path}: no room left on the disk")
+
+    def remind(self) -> None:
+        """Now and then: it is time to `tend` it, if a second has gone by."""
+        now = time.monotonic()
+        if now >= self._look_at:
+            self._look_at = now + _LOOK_AGAIN_SECONDS
+            self.due = self._wal_descriptor is not None
 
     def tend(self, connection: Connection) -> None:
         """Make it again, if it is gone or was given back, and there is room."""
         self.due = False
-        self._left = 0
+        self._left = -1
+        self._missing = self._wal_descriptor is None
         self._forget()  # others may have noted a larger entry; somebody may have deleted it
         self._ensure(connection, 0, 0)
+        self._forget()
 
     def give_back(self, connection: Connection) -> None:
         """A take has found the disk full: let it have this room; outside of a transaction.
@@ -123,7 +141,7 @@ class Reserve:
         What it leaves is the reserve again from the next operation on: else the -wal would take all
         of it, and when that must be checkpointed the file couldn't grow by a single page.
         """
-        self._left = 0
+        self._left = -1
         self.due = True
         if not self._missing and self._open() and self._descriptor is not None:
             _cut(self._descriptor, _CONTENT_BYTES)
@@ -132,8 +150,9 @@ class Reserve:
 
     def is_large(self) -> bool:
         """Whether there is something to `shrink`."""
-        size = 0 if self._descriptor is None else os.lseek(self._descriptor, 0, os.SEEK_END)
-        return size > _rounded(self._needed(0, 0))
+        if not self._page_bytes or not self._open() or self._descriptor is None:
+            return False
+        return os.lseek(self._descriptor, 0, os.SEEK_END) > _rounded(self._needed(0, 0))
 
     def shrink(self, connection: Connection, entry: int | None = None) -> None:
         """Empty the -wal, if no reader is in the way, and keep no more than is needed then.
@@ -142,7 +161,7 @@ class Reserve:
             connection: For writing.
             entry: Bytes of the largest entry that there is; None: not known.
         """
-        self._left = 0
+        self._left = -1
         self._forget()
         self._checkpoint(connection, apsw.SQLITE_CHECKPOINT_TRUNCATE)
         if not self._missing and self._open() and self._descriptor is not None:
@@ -193,7 +212,7 @@ class Reserve:
         if self._descriptor is not None:
             _cut(self._descriptor, before[0])
             self._note(before[1])
-        self._left = 0
+        self._left = -1
         return self._missing
 
     def _is_room(self, size: int) -> bool:
@@ -240,7 +259,7 @@ class Reserve:
             if size >= min(wanted, needed + _STEP_BYTES // 2):
                 break
             try:
-                _allocate(self._descriptor, size, wanted)
+                _allocate(self._descriptor, wanted)
             except OSError as error:
                 _cut(self._descriptor, size)
                 if self._is_done_without(error):
@@ -261,6 +280,8 @@ class Reserve:
         except OSError as error:
             self._is_done_without(error)
         if self._descriptor is not None:
+            if not self._page_bytes and _has_holes(self._descriptor):
+                _cut(self._descriptor, _CONTENT_BYTES)
             digits = os.pread(self._descriptor, _CONTENT_BYTES, 0).removeprefix(_TITLE).strip()
             if digits.isdigit():
                 self._entry_bytes = int(digits)
@@ -279,12 +300,14 @@ class Reserve:
         """Whether pushes go on without it: it isn't for want of room that there is none."""
         if error.errno in _FULL:
             return False
-        log.warning(
-            "%s-reserve: %s; so if the disk fills up, nothing can be taken until there is room",
-            self._path,
-            error.strerror,
-        )
-        self.close()
+        if not self._told:
+            log.warning(
+                "%s-reserve: %s; so if the disk fills up, nothing can be taken until there is room",
+                self._path,
+                error.strerror,
+            )
+        self._told = self._missing = True
+        self._forget()
         return True
 
     def _forget(self) -> None:
@@ -323,11 +346,13 @@ def _open(path: str, *, create: bool) -> int | None:
     except FileNotFoundError:
         if not create:
             return None
-        descriptor = _make(path, flags)
+        try:
+            descriptor = _make(path, flags)
+        except FileExistsError:  # another process has, just now
+            descriptor = os.open(path + "-reserve", flags)
     try:
         if not _is_ours(descriptor):
             raise OSError(errno.EEXIST, "it isn't a reserve of sqlspace's")
-        _fill_holes(descriptor)
     except BaseException:
         os.close(descriptor)
         raise
@@ -352,38 +377,32 @@ def _make(path: str, flags: int) -> int:
 def _is_ours(descriptor: int) -> bool:
     """Whether it may be truncated: a file with one name, and in it what we write or zeros."""
     found = os.fstat(descriptor)
-    if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
         return False
-    if os.pread(descriptor, len(_TITLE), 0) == _TITLE:
+    title = os.pread(descriptor, len(_TITLE), 0)
+    if title == _TITLE:
         return True
-    # A power cut may have left only zeros.
-    return all(
+    # What a power cut may have left: a part of it, or nothing, and zeros.
+    return _TITLE.startswith(title.rstrip(b"\0")) and all(
         not any(os.pread(descriptor, _STEP_BYTES, start))
-        for start in range(0, found.st_size, _STEP_BYTES)
+        for start in range(len(_TITLE), found.st_size, _STEP_BYTES)
     )
 
 
-def _fill_holes(descriptor: int) -> None:
-    """A copy may have holes where this had room."""
+def _has_holes(descriptor: int) -> bool:
+    """A copy may have some where this had room."""
     found = os.fstat(descriptor)
-    try:
-        if found.st_size > max(_CONTENT_BYTES, found.st_blocks * _BLOCK_BYTES):
-            _allocate(descriptor, 0, found.st_size)
-    except OSError as error:
-        if error.errno not in _FULL:
-            raise
-        _cut(descriptor, _CONTENT_BYTES)
+    return found.st_size > max(_CONTENT_BYTES, found.st_blocks * _BLOCK_BYTES)
 
 
-def _allocate(descriptor: int, start: int, end: int) -> None:
-    """Have room on the disk for these bytes of it."""
+def _allocate(descriptor: int, end: int) -> None:
+    """Have room on the disk for so many bytes of it."""
     try:
-        os.posix_fallocate(descriptor, start, end - start)
+        os.posix_fallocate(descriptor, 0, end)
     except (AttributeError, OSError) as error:  # macOS has none; nor have some file systems
         if isinstance(error, OSError) and error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
             raise
-        os.lseek(descriptor, start, os.SEEK_SET)
-        while (left := end - os.lseek(descriptor, 0, os.SEEK_CUR)) > 0:
+        while (left := end - os.lseek(descriptor, 0, os.SEEK_END)) > 0:
             os.write(descriptor, bytes(min(_STEP_BYTES, left)))
 
 

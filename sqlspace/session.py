@@ -4,6 +4,7 @@ Two connections, one for writing and one for browsing; a descriptor of the -wal,
 the marks and our own sync; the watch over the file's identity, the reserve, the bell, the guard.
 """
 
+import contextlib
 import os
 import time
 
@@ -63,7 +64,7 @@ class Session:
         try:
             self.file_id = self.connection.execute(SELECT_FILE_ID).get
             if os.path.exists(path + "-wal"):  # not so under a vfs that keeps its files elsewhere
-                self.wal_descriptor = os.open(path + "-wal", os.O_RDONLY | os.O_CLOEXEC)
+                self.wal_descriptor = os.open(path + "-wal", os.O_RDWR | os.O_CLOEXEC)
                 self.identity = Identity(path, path + "-wal")
                 if not self.identity.stands() or has_moved(self.connection):
                     raise MovedError(f"{path}: it was moved while it was opened")
@@ -97,7 +98,11 @@ class Session:
         """The connection for browsing; made when first needed."""
         if self.reader is None:
             reader = connect(options, apsw.SQLITE_OPEN_READWRITE)
-            reader.pragma("query_only", 1)
+            try:
+                reader.pragma("query_only", 1)
+            except BaseException:
+                reader.close()
+                raise
             self.reader = reader
         return self.reader
 
@@ -122,14 +127,15 @@ class Session:
         self._close_files()
 
     def _close_files(self) -> None:
-        self.identity.close()
-        if self.reader is not None:
-            self.reader.close()
-        self.connection.close()
-        if self.wal_descriptor is not None:
-            os.close(self.wal_descriptor)
-            self.wal_descriptor = None
-        self.guard.release()
+        with contextlib.ExitStack() as closing:  # from the last on, all of it, whatever one raises
+            closing.callback(self.guard.release)
+            if self.wal_descriptor is not None:
+                closing.callback(os.close, self.wal_descriptor)
+                self.wal_descriptor = None
+            closing.callback(self.connection.close)
+            if self.reader is not None:
+                closing.callback(self.reader.close)
+            self.identity.close()
 
     def abandon(self) -> None:
         """In a forked child: let go all that is the parent's, and leave no trace in the file.

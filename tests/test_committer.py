@@ -18,7 +18,7 @@ from children import PATIENCE_SECONDS, eventually
 from interrupts import interrupted
 
 import sqlspace
-from sqlspace import committer, database, taking
+from sqlspace import commits, committer, taking
 from sqlspace.committer import Committer, Work
 from sqlspace.errors import (
     BusyError,
@@ -317,7 +317,7 @@ def test_with_group_nobody_is_answered_before_the_sync(path, monkeypatch, verb, 
         prepare(store)
         syncing, go = threading.Event(), threading.Event()
         syncs = itertools.count()
-        sync = database.sync
+        sync = commits.sync
 
         def stand(descriptor):
             if next(syncs) == int(follows):  # not of who stands inside
@@ -325,7 +325,7 @@ def test_with_group_nobody_is_answered_before_the_sync(path, monkeypatch, verb, 
                 assert go.wait(PATIENCE_SECONDS)
             sync(descriptor)
 
-        monkeypatch.setattr(database, "sync", stand)
+        monkeypatch.setattr(commits, "sync", stand)
         if follows:
             calls = []
             with standing(store):
@@ -1508,7 +1508,7 @@ def group(path):
 def test_with_group_sqlite_syncs_nothing_of_a_commit_and_we_do(group, path, monkeypatch):
     """NORMAL, and one fdatasync of the -wal a batch; the attribute and a pickle say group."""
     syncs = []
-    monkeypatch.setattr(database, "sync", syncs.append)
+    monkeypatch.setattr(commits, "sync", syncs.append)
     connection = group._database._session.connection
     assert connection.pragma("synchronous") == 1
     with pickle.loads(pickle.dumps(group)) as copy:
@@ -1544,7 +1544,7 @@ def test_a_transaction_of_group_lets_others_in_while_it_syncs(group, path, monke
         with group.transaction() as transaction:
             transaction.push("k", b"x")
 
-    monkeypatch.setattr(database, "sync", stand)
+    monkeypatch.setattr(commits, "sync", stand)
     call = Call(together)
     assert syncing.wait(PATIENCE_SECONDS)
     with sqlspace.open(path, sync=False) as other:
@@ -1560,33 +1560,40 @@ def broken(_):
 
 
 @pytest.mark.parametrize("calls", [1, 3])
-def test_a_sync_that_fails_is_made_good_by_a_checkpoint(group, path, monkeypatch, calls):
-    """All is moved into the file itself, which is synced: the calls succeed."""
+def test_after_a_sync_that_fails_the_wal_is_written_anew(group, path, monkeypatch, calls):
+    """As it stands, and synced: the calls succeed."""
+    written = []
+
+    def pwrite(descriptor, data, offset):
+        assert os.readlink(f"/proc/self/fd/{descriptor}") == path + "-wal"
+        written.append((offset, data))
+        return sound(descriptor, data, offset)
+
     group.push("k", b"x")
-    monkeypatch.setattr(database, "sync", broken)
+    sound = os.pwrite
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    monkeypatch.setattr(commits, "sync", broken)
     if calls == 1:
         group.push("k", b"x")
     else:
         for call in in_one_batch(group, *[lambda: group.push("k", b"x")] * calls):
             call.result()
-    assert os.path.getsize(path + "-wal") == 0
+    with open(path + "-wal", "rb") as file:
+        assert file.read() == written[-1][1]
     assert payloads(group) == [b"x"] * (calls + 1)
 
 
 @pytest.mark.parametrize("calls", [1, 3])
-def test_a_sync_and_a_checkpoint_that_fail_are_undecided_for_all(path, monkeypatch, calls):
-    """A reader keeps the -wal from being cut: nobody knows, and the store can't be used."""
+def test_a_sync_that_fails_twice_is_undecided_for_all(path, monkeypatch, calls):
+    """Nobody knows, and the store can't be used."""
     with sqlspace.open(path, sync="group", busy_timeout=0.5) as store:
         store.push("k", b"x")
-        reader = apsw.Connection(path)
-        reader.execute("BEGIN")
-        reader.execute("SELECT * FROM sqlspace_entries").fetchall()
-        store.push("k", b"x")
+        monkeypatch.setattr(sqlspace.connection, "sync", broken)
         if calls == 1:
-            monkeypatch.setattr(database, "sync", broken)
+            monkeypatch.setattr(commits, "sync", broken)
             found = [Call(store.push, "k", b"x").end()]
         else:
-            with standing(store, step=lambda _: monkeypatch.setattr(database, "sync", once) or ()):
+            with standing(store, step=lambda _: monkeypatch.setattr(commits, "sync", once) or ()):
                 syncs = itertools.count()
 
                 def once(_):
@@ -1599,7 +1606,6 @@ def test_a_sync_and_a_checkpoint_that_fail_are_undecided_for_all(path, monkeypat
                     queued(store, number + 1)
             for call in found:
                 call.end()
-        reader.close()
         assert {type(call.error) for call in found} == {UndecidedError}
         assert len({id(call.error) for call in found}) == calls
         assert all(isinstance(call.error.__cause__, OSError) for call in found)

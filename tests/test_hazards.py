@@ -71,7 +71,7 @@ DEFENCES = {
         "test_committer.test_ctrl_c_anywhere_undoes_the_call_it_strikes_and_no_other",
     ),
     "any other exception of a signal's handler": (
-        "committer.is_interrupt",
+        "commits.is_interrupt",
         "test_committer.test_whatever_a_signals_handler_raises_undoes_the_call_it_strikes_and_no_other",
     ),
     "a writer frozen inside its commit": (

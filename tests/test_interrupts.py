@@ -13,7 +13,8 @@ from sqlspace.waiting import surely
 # Those that hold locks in a caller's thread.
 MODULES = [
     *("local", "waiting", "store", "database", "doorbell", "watch", "identity"),
-    *("taking", "pushing", "delivery", "transaction", "durable", "committer", "turnstile"),
+    *("taking", "pushing", "delivery", "transaction", "durable"),
+    *("committer", "commits", "turnstile"),
 ]
 
 

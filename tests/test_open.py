@@ -2,6 +2,7 @@
 
 import fcntl
 import hashlib
+import itertools
 import os
 import pathlib
 import shutil
@@ -1003,3 +1004,78 @@ def test_a_vfs_that_isnt_registered_is_misuse(path):
     with pytest.raises(ValueError, match="vfs must name a VFS that is registered, not 'nowhere'"):
         sqlspace.open(path, vfs="nowhere")
     assert not os.path.exists(path)
+
+
+class _Failing(apsw.VFS):
+    """Of the files of stores, one operation fails."""
+
+    def __init__(self, name):
+        super().__init__(name, "unix")
+        self.name = name
+        self.fails = None
+        self.spared = 0  # so many before one fails
+
+    def xOpen(self, name, flags):
+        return _FailingFile(self, name, flags)
+
+
+class _FailingFile(apsw.VFSFile):
+    def __init__(self, vfs, name, flags):
+        super().__init__("unix", name, flags)
+        self._vfs = vfs
+
+    def _ask(self, kind):
+        if self._vfs.fails != kind:
+            return
+        self._vfs.spared -= 1
+        if self._vfs.spared < 0:
+            raise apsw.IOError("the disk fails")
+
+    def xRead(self, amount, offset):
+        self._ask("read")
+        return super().xRead(amount, offset)
+
+    def xSync(self, flags):
+        self._ask("sync")
+        return super().xSync(flags)
+
+
+def descriptors(path):
+    links = [f"/proc/self/fd/{each}" for each in os.listdir("/proc/self/fd")]
+    return [link for link in links if os.path.exists(link) and os.readlink(link).startswith(path)]
+
+
+@pytest.fixture
+def failing():
+    vfs = _Failing("failing")
+    yield vfs
+    vfs.unregister()
+
+
+def test_a_store_that_the_disk_fails_while_it_closes_leaves_nothing_open(path, failing):
+    """All that can be let go is; closing again is nothing."""
+    store = sqlspace.open(path, vfs="failing")
+    store.push("k", b"x")
+    failing.fails = "sync"
+    with pytest.raises(sqlspace.StoreError, match="the disk fails"):
+        store.close()
+    store.close()
+    assert descriptors(path) == []
+
+
+def test_a_connection_that_the_disk_fails_while_it_opens_is_closed(path, failing):
+    """At whichever read; also if the error is kept, and with it all that it came through."""
+    sqlspace.open(path).close()
+    errors = []
+    for failing.spared in itertools.count():
+        failing.fails = "read"
+        try:
+            store = sqlspace.open(path, vfs="failing")
+        except sqlspace.StoreError as error:
+            errors.append(error)
+            assert descriptors(path) == []
+        else:
+            break
+    failing.fails = None
+    store.close()
+    assert len(errors) > 3

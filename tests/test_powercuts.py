@@ -15,7 +15,7 @@ from powercuts import Explorer, Walk, look
 from proof import tried
 from runs import MEMORY, VERBS, Member, Plant, Run
 
-from sqlspace import database, entries, identity, session, taking, upkeep
+from sqlspace import commits, entries, identity, session, taking, upkeep
 
 # So many images in the suite; `scripts/crash` goes on for as long as one likes.
 IMAGES = 20_000
@@ -238,7 +238,7 @@ def answer_before_the_commit(run, patch):
 
 def answer_the_crowd_before_the_commit(run, patch):
     """Whoever joined is told that it is done when it is carried out."""
-    sound = database.together
+    sound = commits.together
 
     def together(connection, operations, cover):
         operations = list(operations)
@@ -250,7 +250,7 @@ def answer_the_crowd_before_the_commit(run, patch):
         # One of them leads, and can't return yet.
         eventually(lambda: sum(each.ended is not None for each in run.members) >= others)
 
-    patch.setattr(database, "together", together)
+    patch.setattr(commits, "together", together)
 
 
 def without(constant, text, *, by=""):
@@ -293,7 +293,7 @@ PLANTS = {
         sync=True, patch=answer_the_crowd_before_the_commit
     ),
     "sync='group' without its own sync": Plant(
-        sync="group", patch=lambda _, patch: patch.setattr(database, "sync", lambda _: None)
+        sync="group", patch=lambda _, patch: patch.setattr(commits, "sync", lambda _: None)
     ),
     "a lease acked without its token": Plant(patch=without("ACK", "token = ?3 AND", by="?3 AND")),
     "a live entry pruned": Plant(
@@ -333,6 +333,6 @@ def test_a_planted_bug_is_found(name):
     tried(
         f"planted: {name}",
         f"{explorer.images:,} images",
-        seeds=f"{first} to {seed}",
+        seeds=f"{first} to {seed}" if seed > first else first,
         found=f"caught {len(explorer.violations)} times",
     )

@@ -65,10 +65,10 @@ class Small(apsw.VFS):
     def xOpen(self, name, flags):
         return SmallFile(self, name, flags)
 
-    def allocate(self, descriptor, start, end):
-        if self.used() + end - start > self.capacity:
+    def allocate(self, descriptor, end):
+        if self.used() + end - os.fstat(descriptor).st_size > self.capacity:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        os.posix_fallocate(descriptor, start, end - start)
+        os.posix_fallocate(descriptor, 0, end)
 
 
 class SmallFile(apsw.VFSFile):
@@ -109,6 +109,12 @@ def checkpoint(path):
         with contextlib.suppress(apsw.FullError):
             other.wal_checkpoint()
         other.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+
+
+def a_second_later(store):
+    """The next verb looks again at all that is looked at once a second."""
+    session = store._database._session
+    session.identity.look_at = session.reserve._look_at = 0.0
 
 
 def size(path):
@@ -191,11 +197,28 @@ def entry_with_one_large(number):
     return os.urandom(8_000_000 if number == 20 else 20_000)
 
 
-@pytest.mark.parametrize(("sync", "reopens"), [(True, False), (True, True), ("group", False)])
+@pytest.fixture(scope="module")
+def drained():
+    """How many entries of each disk; all are one line of the table."""
+    counts = []
+    yield counts
+    if counts:
+        tried(f"{len(counts)} full disks, drained", f"{sum(counts):,} entries")
+
+
 @pytest.mark.parametrize(
-    ("threads", "payload"), [(1, entry(50_000)), (8, entry(20_000)), (1, entry_with_one_large)]
+    ("sync", "threads", "payload", "reopens"),
+    [
+        (True, 1, entry(50_000), False),
+        ("group", 8, entry(20_000), True),
+        (True, 1, entry_with_one_large, True),
+        ("group", 1, entry_with_one_large, False),
+    ],
+    ids=["one", "eight", "large, reopened", "large"],
 )
-def test_a_disk_that_pushes_have_filled_can_be_drained(disk, sync, threads, payload, reopens):
+def test_a_disk_that_pushes_have_filled_can_be_drained(
+    disk, drained, sync, threads, payload, reopens
+):
     """By who has it open, and by a process that opens it then; all of it once, and in order."""
     path = str(disk / "queue.db")
     store = sqlspace.open(path, sync=sync)
@@ -218,14 +241,13 @@ def test_a_disk_that_pushes_have_filled_can_be_drained(disk, sync, threads, payl
     assert done.stdout.split() == [each[:16].hex() for each in pushed[len(taken) :]]
     check_restored(store)
     store.close()
-    tried("a full disk, drained", f"{len(pushed):,} entries")
+    drained.append(len(pushed))
 
 
-@pytest.mark.parametrize("sync", [True, False, "group"])
 @pytest.mark.parametrize("megabytes", [2, 6, 14])
 @pytest.mark.parametrize("every", [None, 100])
-@pytest.mark.parametrize("threads", [1, 8])
-def test_a_small_disk_can_be_drained_too(small, path, threads, every, megabytes, sync):
+@pytest.mark.parametrize(("threads", "sync"), [(1, True), (8, "group")])
+def test_a_small_disk_can_be_drained_too(small, path, drained, threads, every, megabytes, sync):
     """Whether the -wal was ever checkpointed or not."""
     small.capacity = megabytes * MEGABYTE
     with open_small(path, sync) as store:
@@ -236,6 +258,7 @@ def test_a_small_disk_can_be_drained_too(small, path, threads, every, megabytes,
         with open_small(path, sync) as other:
             assert take(other, len(pushed)) == pushed[len(pushed) // 2 :]
         check_restored(store)
+    drained.append(len(pushed))
 
 
 def test_without_the_reserve_it_can_not(small, path, monkeypatch):
@@ -287,6 +310,50 @@ def test_a_push_after_it_was_given_back_makes_it_again_or_is_refused(small, path
         small.capacity = 1 << 62
         store.push("k", b"x")
         assert size(path) > os.stat(path + "-wal").st_size
+
+
+def test_a_take_after_it_was_given_back_makes_it_again_too(path, monkeypatch):
+    """At once: else another application would have a second to take the room."""
+    monkeypatch.setattr(reserve, "_LOOK_AGAIN_SECONDS", 1e9)
+    with sqlspace.open(path) as store:
+        store.push("k", b"x")
+        session = store._database._session
+        session.reserve.give_back(session.connection)
+        assert size(path) == reserve._CONTENT_BYTES
+        assert store.pull("k", 0) == b"x"
+        assert size(path) >= reserve._STEP_BYTES
+
+
+def test_it_covers_what_several_push_in_turns(path, monkeypatch):
+    """None of them counts for itself what it may push until it looks again."""
+    monkeypatch.setattr(reserve, "_LOOK_AGAIN_SECONDS", 1e9)
+    with contextlib.ExitStack() as stack:
+        stores = [stack.enter_context(sqlspace.open(path, sync=False)) for _ in range(5)]
+        sessions = [store._database._session for store in stores]
+        for session in sessions:
+            session.connection.pragma("wal_autocheckpoint", 0)
+        for number in range(200):
+            stores[number % 5].push("k", bytes(20_000))
+            wal = os.stat(path + "-wal").st_size
+            assert size(path) >= sessions[0].reserve._needed(wal, wal), number
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_push_does_not_get_what_the_commit_before_the_first_write_was_given(
+    small, path, together
+):
+    """That may use the reserve, and the push behind it may not."""
+    small.capacity = 6 * MEGABYTE
+    with open_small(path) as store:
+        pushed = fill(store, entry(5_000))
+        small.capacity = 1 << 62
+    with open_small(path) as store:
+        small.capacity = small.used()
+        with pytest.raises(FullError), contextlib.ExitStack() as stack:
+            verbs = stack.enter_context(store.transaction()) if together else store
+            verbs.push("k", b"x")
+        assert take(store, len(pushed)) == pushed
+        small.capacity = 1 << 62
 
 
 def test_a_push_that_the_reserve_can_not_be_made_to_cover_changes_nothing(small, path):
@@ -363,15 +430,22 @@ def test_it_is_made_at_the_first_write_like_the_database_and_cut_at_the_end(path
     assert 0 < size(path) <= MEGABYTE
 
 
-def test_it_covers_what_many_push_in_turns(path):
-    """The file may have to grow by all that is in the -wal, whoever of them has pushed it."""
+def test_who_uses_a_store_alone_keeps_no_descriptor_of_it_open(tmp_path):
+    """A thousand stores in one process would need a thousand more."""
     with contextlib.ExitStack() as stack:
-        stores = [stack.enter_context(sqlspace.open(path, sync=False)) for _ in range(8)]
+        stores = [stack.enter_context(sqlspace.open(tmp_path / f"{n}.db")) for n in range(20)]
         for store in stores:
-            store._database._session.connection.pragma("wal_autocheckpoint", 0)
-        for number in range(320):
-            stores[number % 8].push("k", bytes(10_000))
-            assert size(path) >= os.stat(path + "-wal").st_size, number
+            store.push("k", bytes(100_000))
+            store.pull("k", 0)
+            store.push("k", b"x")
+            assert size(store.path) > 0
+        assert not [name for name in files_open() if name.endswith("-reserve")]
+
+
+def files_open():
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # the listing's own
+            yield os.readlink(f"/proc/self/fd/{number}")
 
 
 def test_one_that_was_deleted_is_made_again(path):
@@ -379,7 +453,7 @@ def test_one_that_was_deleted_is_made_again(path):
     with sqlspace.open(path) as store:
         store.push("k", b"x")
         os.unlink(path + "-reserve")
-        store._database._session.identity.look_at = 0.0
+        a_second_later(store)
         store.pull("k", 0)
         assert size(path) >= reserve._STEP_BYTES
 
@@ -391,9 +465,105 @@ def test_a_copy_of_it_that_has_holes_or_only_zeros_is_filled(path):
     with sqlspace.open(path) as store:
         store.push("k", b"x")
         found = os.stat(path + "-reserve")
-        assert found.st_blocks * 512 >= found.st_size >= MEGABYTE
+        assert found.st_blocks * 512 >= found.st_size >= reserve._STEP_BYTES
     with open(path + "-reserve", "rb") as file:
         assert file.read(8) == b"sqlspace"
+
+
+def test_one_that_is_deleted_while_it_is_opened_is_no_strangers(path):
+    """It has no name any more, which is not one too many."""
+    with open(path, "wb+", buffering=0) as file:
+        file.write(reserve._TITLE)
+        os.unlink(path)
+        assert reserve._is_ours(file.fileno())
+
+
+@pytest.mark.parametrize("length", [0, 1, 100, len(reserve._TITLE)])
+def test_what_a_power_cut_left_of_its_first_lines_is_still_ours(path, length):
+    """Else it would be taken for somebody's own file, and its room never be given back."""
+    with open(path + "-reserve", "wb") as file:
+        file.write(reserve._TITLE[:length] + bytes(MEGABYTE))
+    with sqlspace.open(path) as store:
+        store.push("k", b"x")
+        store.compact()
+        with open(path + "-reserve", "rb") as file:
+            assert file.read(len(reserve._TITLE)) == reserve._TITLE
+
+
+def test_two_that_make_it_at_the_same_moment_both_have_it(path, monkeypatch, caplog):
+    """Who has just been alone doesn't know of the other yet."""
+    with sqlspace.open(path) as store:
+        sound = os.open
+
+        def behind_another(place, flags, *arguments):
+            if flags & os.O_EXCL:
+                with open(place, "xb"):
+                    pass
+            return sound(place, flags, *arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "open", behind_another)
+            store.push("k", b"x")
+        assert size(path) >= reserve._STEP_BYTES
+    assert not caplog.records
+
+
+def test_a_cut_by_another_in_the_middle_of_growing_leaves_no_hole(path, monkeypatch):
+    """Else it would look large, and hold no room."""
+    with sqlspace.open(path) as store:
+        store.push("k", b"x")
+        allocate = reserve._allocate
+
+        def after_a_release(descriptor, end):
+            assert reserve.release(path)
+            allocate(descriptor, end)
+
+        monkeypatch.setattr(reserve, "_allocate", after_a_release)
+        store.push("k", bytes(MEGABYTE))
+        found = os.stat(path + "-reserve")
+        assert found.st_blocks * 512 >= found.st_size > MEGABYTE
+
+
+def test_however_often_somebody_comes_it_is_looked_after_once_a_second(path, monkeypatch):
+    """Each ring of another process, and each look with another verb, would open it anew."""
+    looks = []
+    tend = reserve.Reserve.tend
+    monkeypatch.setattr(
+        reserve.Reserve, "tend", lambda *arguments: looks.append(None) or tend(*arguments)
+    )
+    with sqlspace.open(path) as store:
+        monkeypatch.setattr(reserve, "_LOOK_AGAIN_SECONDS", 1e9)
+        for number in range(20):
+            store._database._session.identity.alarmed = True
+            store.push("k", b"x")
+            with store.transaction() as together:
+                together.push("k", b"y")
+            assert len(looks) == 1, number
+        monkeypatch.undo()
+
+
+def test_what_kept_it_away_may_end(path, monkeypatch, caplog):
+    """The process may open no more files, or the file was another's: it is tried again."""
+    monkeypatch.setattr(os, "open", refuse_the_reserve(os.open))
+    with sqlspace.open(path) as store:
+        for _ in range(2):
+            store.push("k", b"x")
+            a_second_later(store)
+        assert not os.path.exists(path + "-reserve")
+        monkeypatch.undo()
+        a_second_later(store)
+        store.push("k", b"x")
+        assert size(path) >= reserve._STEP_BYTES
+    assert len(caplog.records) == 1
+
+
+def refuse_the_reserve(sound):
+    def refusing(place, *arguments, **options):
+        if str(place).endswith("-reserve"):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return sound(place, *arguments, **options)
+
+    return refusing
 
 
 def make_file(place, _):
@@ -470,6 +640,6 @@ def test_in_another_applications_database_it_covers_what_that_writes_too(path):
         with sqlspace.open(path, embed=True) as store:
             store.push("k", b"x")
             theirs.execute("INSERT INTO t VALUES (zeroblob(3000000))")
-            store._database._session.identity.look_at = 0.0  # a second later
+            a_second_later(store)
             store.push("k", b"y")
             assert size(path) >= growth(path) > 3_000_000

@@ -1,4 +1,8 @@
-"""A campaign of power cuts: as many seeds as there is time for, on all processors.
+"""A campaign of power cuts and faults: as many seeds as there is time for, on all processors.
+
+Each seed is a run of stores that is cut at every event, and then runs in which the disk fails, too.
+`--faults` has the disk fail at each single operation of two short scripts, once and for good, in
+each way, and ends when all have been tried.
 
 It ends with exit code 1 if a promise was broken, and with the names of the images that show it;
 `--replay IMAGE` makes one of them again.
@@ -6,6 +10,7 @@ It ends with exit code 1 if a promise was broken, and with the names of the imag
 
 import argparse
 import itertools
+import math
 import multiprocessing
 import os
 import queue
@@ -13,6 +18,7 @@ import sys
 import time
 import traceback
 
+from faults import Injector
 from powercuts import Explorer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -21,7 +27,7 @@ console = Console(highlight=False, soft_wrap=True)
 SHOWN = 20  # violations
 
 
-def work(seeds, ends, news):
+def work(seeds, ends, news, every_fault):
     """Explore one seed after the other, and tell how far it is."""
     told = 0
 
@@ -32,13 +38,21 @@ def work(seeds, ends, news):
             told = explorer.images
         return time.monotonic() < ends
 
+    def explore(seed, explorer):
+        nonlocal told
+        told = 0
+        explorer.explore(seed)
+        news.put(("images", explorer.images - told))
+        faults = explorer.faults if isinstance(explorer, Injector) else 0
+        news.put(("seed", (seed, explorer.deeds, faults, explorer.violations)))
+
     try:
         for seed in iter(seeds.get, None):
-            told = 0
-            explorer = Explorer(watch=watch)
-            explorer.explore(seed)
-            news.put(("images", explorer.images - told))
-            news.put(("seed", (seed, explorer.runs, explorer.deeds, explorer.violations)))
+            if every_fault:
+                explore(seed, Injector(sample=None, watch=watch))
+            else:
+                explore(seed, Explorer(watch=watch))
+                explore(seed, Injector(watch=watch))
             if time.monotonic() >= ends:
                 break
     except BaseException:
@@ -47,28 +61,29 @@ def work(seeds, ends, news):
     news.put(("done", None))
 
 
-def campaign(minutes, processes, first):
+def campaign(minutes, processes, coming, *, every_fault=False):
     """Run it; the exit code."""
     context = multiprocessing.get_context("spawn")
     seeds, news = context.Queue(maxsize=processes), context.Queue()
     begins = time.monotonic()
     ends = begins + minutes * 60
     workers = [
-        context.Process(target=work, args=(seeds, ends, news), daemon=True)
+        context.Process(target=work, args=(seeds, ends, news, every_fault), daemon=True)
         for _ in range(processes)
     ]
     for worker in workers:
         worker.start()
-    images = runs = deeds = 0
-    explored, violations, coming = [], [], itertools.count(first)
+    images = deeds = faults = 0
+    explored, violations = [], []
+    total = None if every_fault else minutes * 60
     with Progress(
         TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=console
     ) as progress:
-        task = progress.add_task("", total=minutes * 60)
+        task = progress.add_task("", total=total)
         at_work = len(workers)
         while at_work:
             if not seeds.full():
-                seeds.put(next(coming))
+                seeds.put(next(coming, None))
             try:
                 kind, what = news.get(timeout=0.2)
             except queue.Empty:
@@ -77,11 +92,11 @@ def campaign(minutes, processes, first):
                 images += what
             elif kind == "seed":
                 explored.append(what[0])
-                runs += what[1]
-                deeds += what[2]
+                deeds += what[1]
+                faults += what[2]
                 violations += what[3]
                 for name, text in what[3][:SHOWN]:
-                    progress.console.print(f"[red]{name}[/]: {text}", markup=True)
+                    progress.console.print(f"{name}: {text}", markup=False)
             elif kind == "broken":
                 progress.console.print(what, markup=False)
                 return 2
@@ -95,7 +110,8 @@ def campaign(minutes, processes, first):
     seconds = time.monotonic() - begins
     console.print(
         f"seeds       {min(explored)} to {max(explored)}\n"
-        f"runs        {runs:,}, of {deeds:,} calls\n"
+        f"calls       {deeds:,}\n"
+        f"faults      {faults:,}\n"
         f"images      {images:,}\n"
         f"a second    {images / seconds:,.0f}\n"
         f"violations  {len(violations):,}"
@@ -105,7 +121,7 @@ def campaign(minutes, processes, first):
 
 def replay(image):
     """Make it again; the exit code."""
-    explorer = Explorer()
+    explorer = Injector() if "!" in image else Explorer()
     try:
         explorer.replay(image)
     except (ValueError, IndexError):
@@ -118,17 +134,24 @@ def replay(image):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="scripts/crash", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="scripts/crash",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--seed", type=int, default=1, help="the first one")
+    parser.add_argument("--faults", action="store_true", help="every single one of two scripts")
     parser.add_argument("--replay", metavar="IMAGE", help="as a campaign has printed it")
     asked = parser.parse_args()
     if asked.replay is not None:
         return replay(asked.replay)
     if not asked.minutes > 0 or asked.processes < 1:
         parser.error("--minutes and --processes must be positive")
-    return campaign(asked.minutes, asked.processes, asked.seed)
+    if asked.faults:
+        return campaign(math.inf, asked.processes, iter(("full", "group")), every_fault=True)
+    return campaign(asked.minutes, asked.processes, itertools.count(asked.seed))
 
 
 if __name__ == "__main__":

@@ -14,8 +14,14 @@ What is durable is what was synced. Of all that was not, a disk may have kept an
 
 A name is durable once its directory was synced: SQLite does that with the first sync of a journal
 or a -wal that it has made, and with a deletion that asks for it.
+
+It can fail, too: `Recorder.before` raises, and what it refuses isn't done. But of a write for which
+there is no room the first half is, and what a sync that fails has written nobody knows.
 """
 
+import collections
+import contextlib
+import errno
 import itertools
 import os
 from dataclasses import dataclass, field
@@ -23,9 +29,9 @@ from typing import NamedTuple
 
 import apsw
 
-from sqlspace import clock
+from sqlspace import clock, commits, connection
 
-__all__ = ["DRAWN", "Disk", "Event", "Recorder", "own_sync"]
+__all__ = ["DRAWN", "Disk", "Event", "OwnSyncs", "Recorder"]
 
 SECTOR = 512
 DRAWN = ("torn", "sectors", "junk")  # by dice
@@ -65,6 +71,7 @@ class Recorder(apsw.VFS):
     Attributes:
         events: All of them, in their order.
         before: Called with each event before it is carried out; what it raises is SQLite's error.
+        failures: For the end of each name, how many syncs have failed.
         now: The time that SQLite is told, in Unix microseconds.
     """
 
@@ -74,6 +81,7 @@ class Recorder(apsw.VFS):
         self.name = name
         self.events = []
         self.before = lambda event: None
+        self.failures = collections.Counter()
         self.now = clock.now
 
     def xCurrentTimeInt64(self):
@@ -87,10 +95,21 @@ class Recorder(apsw.VFS):
             return None
         return filename[len(self.path) :]
 
-    def note(self, event, deed=lambda: None):
-        """Carry it out."""
-        self.before(event)
-        done = deed()
+    def note(self, event, deed=lambda event: None):
+        """Carry it out, or as much of it as a failing disk does."""
+        try:
+            self.before(event)
+        except apsw.FullError:
+            half = event._replace(data=event.data[: len(event.data) // 2])
+            deed(half)
+            self.events.append(half)
+            raise
+        except apsw.IOError:
+            if event.kind == "sync":
+                self.failures[event.end] += 1
+                self.events.append(event._replace(kind="failed", directory=False))
+            raise
+        done = deed(event)
         self.events.append(event)
         return done
 
@@ -108,7 +127,7 @@ class Recorder(apsw.VFS):
         if end is None or not os.path.exists(self.path + end):
             return super().xDelete(name, directory)
         event = Event("delete", end, directory=bool(directory))
-        return self.note(event, lambda: super(Recorder, self).xDelete(name, directory))
+        return self.note(event, lambda _: super(Recorder, self).xDelete(name, directory))
 
 
 class _File(apsw.VFSFile):
@@ -119,6 +138,9 @@ class _File(apsw.VFSFile):
         self._recorder = recorder
         self._end = end
         self._made = made
+        self._told = recorder.failures[
+            end
+        ]  # of so many failures; Linux tells each open file of each
 
     def xRead(self, amount, offset):
         self._recorder.before(Event("read", self._end, offset))
@@ -126,27 +148,70 @@ class _File(apsw.VFSFile):
 
     def xWrite(self, data, offset):
         event = Event("write", self._end, offset, bytes(data))
-        self._recorder.note(event, lambda: super(_File, self).xWrite(data, offset))
+        self._recorder.note(event, lambda event: super(_File, self).xWrite(event.data, offset))
 
     def xTruncate(self, size):
         event = Event("truncate", self._end, size)
-        self._recorder.note(event, lambda: super(_File, self).xTruncate(size))
+        self._recorder.note(event, lambda _: super(_File, self).xTruncate(size))
 
     def xSync(self, flags):
         event = Event("sync", self._end, directory=self._made)
-        self._recorder.note(event, lambda: super(_File, self).xSync(flags))
+        told, self._told = self._told, self._recorder.failures[self._end]
+        try:
+            self._recorder.note(event, lambda _: super(_File, self).xSync(flags))
+        except apsw.IOError:
+            self._told += 1
+            raise
         self._made = False
+        if told < self._told:
+            raise apsw.IOError("an earlier sync has failed")
 
 
-def own_sync(recorder):
-    """In place of `sqlspace.database.sync`: noted like one of SQLite's."""
+class OwnSyncs:
+    """In place of what sqlspace syncs and writes itself: noted like SQLite's.
 
-    def sync(descriptor):
-        path = os.readlink(f"/proc/self/fd/{descriptor}")
-        assert path.startswith(recorder.path), path
-        recorder.note(Event("sync", path[len(recorder.path) :]))
+    Args:
+        recorder: Of the files.
+    """
 
-    return sync
+    def __init__(self, recorder):
+        self._recorder = recorder
+        self._told = {}  # descriptor to a number of failures
+
+    def patch(self, patch):
+        """Take their place."""
+        patch.setattr(commits, "sync", self.sync)
+        for module in (commits, connection):
+            patch.setattr(module, "sync_anew", self.sync_anew)
+
+    def opened(self, descriptor):
+        """It knows of no failures yet."""
+        self._told[descriptor] = self._recorder.failures["-wal"]
+
+    def sync(self, descriptor):
+        told = self._told[descriptor]
+        with self._as_the_system():
+            try:
+                self._recorder.note(Event("sync", "-wal"))
+            finally:
+                self.opened(descriptor)
+            if told < self._told[descriptor]:
+                raise apsw.IOError("an earlier sync has failed")
+
+    def sync_anew(self, descriptor):
+        data = os.pread(descriptor, 1 << 30, 0)
+        with self._as_the_system():
+            self._recorder.note(Event("write", "-wal", 0, data))
+            self._recorder.note(Event("sync", "-wal"))
+
+    @contextlib.contextmanager
+    def _as_the_system(self):
+        try:
+            yield
+        except apsw.IOError as error:
+            raise OSError(errno.EIO, os.strerror(errno.EIO)) from error
+        except apsw.FullError as error:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
 
 
 # -- playing back

@@ -526,8 +526,8 @@ MUTANTS = [
     _mutant(
         "rung-before-the-sync",
         "a waiter has what may never reach the disk",
-        "            self._confirm(session)\n            session.bell.ring_all(tokens, operation.besides)\n",
-        "            session.bell.ring_all(tokens, operation.besides)\n            self._confirm(session)\n",
+        "            self.confirm(session)\n            session.bell.ring_all(tokens, operation.besides)\n",
+        "            session.bell.ring_all(tokens, operation.besides)\n            self.confirm(session)\n",
         "committer::with_group_nobody_is_answered_before_the_sync",
         harmless="a ring is a hint, and who takes what isn't synced yet syncs it before it has it",
     ),
@@ -549,7 +549,7 @@ MUTANTS = [
         "moved-after-the-commit",
         "what was pushed into a file that was moved meanwhile is acknowledged",
         "        if session.poll(0) or session.identity.alarmed:\n"
-        "            self._ensure_in_place(session, undecided=True)\n",
+        "            self._file.ensure_in_place(session, undecided=True)\n",
         "",
         "doorbell::a_file_that_moves_during_the_commit_is_noticed_before_the_answer",
     ),
@@ -563,22 +563,22 @@ MUTANTS = [
     _mutant(
         "moved-while-a-transaction-waits",
         "a transaction that waited for its turn goes into a file that was moved",
-        "        self._ensure_in_place(session, undecided=False)  # again, for it may have had to wait\n",
+        "        self.ensure_in_place(session, undecided=False)  # again, for it may have had to wait\n",
         "",
         "committer::a_transaction_that_was_let_in_looks_whether_the_file_was_moved_meanwhile",
     ),
     _mutant(
         "no-commit-before-the-first",
         "what a power cut left of a write that was refused stands after all",
-        "        self._boot(session)\n        tokens = None if operation.whole",
-        "        tokens = None if operation.whole",
+        "        self.boot(session)  # first, for it may use the reserve\n",
+        "",
         "committer::before_the_first_write_there_is_a_commit_of_its_own",
     ),
     _mutant(
         "the-first-commit-is-not-synced",
         "the same with group: the commit before the first is lost, and done again",
-        "            if session.syncs:\n                self._sync(session)\n\n    def _relieve",
-        "\n    def _relieve",
+        "            if session.syncs:\n                self._sync(session)\n\n    def relieve",
+        "\n    def relieve",
         "powercuts::what_was_judged_absent_stays_so_when_the_first_commit_is_repeated",
         "committer::with_group_sqlite_syncs_nothing_of_a_commit_and_we_do",
     ),
@@ -603,16 +603,15 @@ MUTANTS = [
     _mutant(
         "a-failed-sync-is-believed",
         "what could not be synced is acknowledged, and may never reach the disk",
-        "session.connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)\n"
-        "            except apsw.Error:\n",
-        "pass\n            except apsw.Error:\n",
-        "committer::a_sync_that_fails_is_made_good_by_a_checkpoint",
+        "                    sync_anew(session.wal_descriptor)\n",
+        "                    pass\n",
+        "committer::after_a_sync_that_fails_the_wal_is_written_anew",
     ),
     _mutant(
         "the-turnstile-stays-shut",
         "after one write of two processes the other waits for ever",
-        "            finally:\n                session.turnstile.leave()\n            self._confirm(session)\n",
-        "            finally:\n                pass\n            self._confirm(session)\n",
+        "            finally:\n                session.turnstile.leave()\n            self.confirm(session)\n",
+        "            finally:\n                pass\n            self.confirm(session)\n",
         "turnstile::two_stores_of_one_process_take_turns",
     ),
     _mutant(
@@ -706,16 +705,16 @@ MUTANTS = [
     _mutant(
         "a-transaction-is-not-confirmed",
         "a transaction under group is acknowledged before its sync",
-        "            self._confirm(session)\n            session.bell.ring_all(tokens)\n",
+        "            self._commits.confirm(session)\n            session.bell.ring_all(tokens)\n",
         "            session.bell.ring_all(tokens)\n",
         "committer::a_transaction_of_group_lets_others_in_while_it_syncs",
     ),
     _mutant(
         "the-full-disk-stays-full",
         "on a full disk nobody can pull",
-        "        self._take_all_back(carried, session, committed=False)\n"
+        "        self.take_all_back(carried, session, committed=False)\n"
         "        session.reserve.give_back(session.connection)\n",
-        "        self._take_all_back(carried, session, committed=False)\n",
+        "        self.take_all_back(carried, session, committed=False)\n",
         "reserve::a_disk_that_pushes_have_filled_can_be_drained",
     ),
     _mutant(
@@ -1274,8 +1273,8 @@ MUTANTS = [
     _mutant(
         "a-look-may-write",
         "what looks can change the file",
-        '            reader.pragma("query_only", 1)\n',
-        "",
+        'reader.pragma("query_only", 1)',
+        'reader.pragma("query_only", 0)',
         "store::a_look_changes_nothing_and_tells_all",
         harmless="a second bolt: no statement for browsing writes",
     ),
@@ -1358,26 +1357,38 @@ MUTANTS = [
     ),
     # -- reserve
     _mutant(
+        "a-push-goes-first",
+        "a push gets the room that was given back for the commit before the first write",
+        "        self.boot(session)  # first, for it may use the reserve\n"
+        "        if operation.adds is not None:\n"
+        "            alone = session.marks.alone\n"
+        "            session.reserve.cover(connection, operation.adds, operation.largest, alone=alone)\n",
+        "        if operation.adds is not None:\n"
+        "            alone = session.marks.alone\n"
+        "            session.reserve.cover(connection, operation.adds, operation.largest, alone=alone)\n"
+        "        self.boot(session)\n",
+        "reserve::a_push_does_not_get_what_the_commit_before_the_first_write_was_given",
+    ),
+    _mutant(
         "the-reserve-is-not-looked-at",
         "pushes use up the room that takers need",
-        "if alone and self._left >= 0 and self._descriptor is not None:",
-        "if alone and self._descriptor is not None:",
+        "if alone and self._left >= 0:",
+        "if alone:",
         "reserve::a_disk_that_pushes_have_filled_can_be_drained",
     ),
     _mutant(
         "others-push-too",
         "several processes use up the room that each has counted for itself",
-        "if alone and self._left >= 0 and self._descriptor is not None:",
-        "if self._left >= 0 and self._descriptor is not None:",
-        "reserve::it_covers_what_many_push_in_turns",
+        "if alone and self._left >= 0:",
+        "if self._left >= 0:",
+        "reserve::it_covers_what_several_push_in_turns",
     ),
     _mutant(
         "given-back-for-good",
         "after a disk was full once there is no reserve any more",
-        "        self._left = 0\n        self.due = True\n",
-        "        self._left = 0\n",
-        "reserve::a_small_disk_can_be_drained_too",
-        "reserve::a_disk_that_pushes_have_filled_can_be_drained",
+        "        self._left = -1\n        self.due = True\n",
+        "        self._left = -1\n",
+        "reserve::a_take_after_it_was_given_back_makes_it_again_too",
     ),
     _mutant(
         "a-refused-push-grows-it",
@@ -1389,7 +1400,7 @@ MUTANTS = [
     _mutant(
         "a-link-is-cut",
         "a file of somebody's that has a second name is truncated",
-        "if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:",
+        "if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:",
         "if not stat.S_ISREG(found.st_mode):",
         "reserve::what_is_not_ours_is_left_alone",
     ),
@@ -1403,8 +1414,8 @@ MUTANTS = [
     _mutant(
         "holes-are-room",
         "a copy of the reserve covers nothing",
-        "        _fill_holes(descriptor)\n",
-        "",
+        "if not self._page_bytes and _has_holes(self._descriptor):",
+        "if False:",
         "reserve::a_copy_of_it_that_has_holes_or_only_zeros_is_filled",
     ),
     # -- forks

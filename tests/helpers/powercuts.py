@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import apsw
 from disks import DRAWN, Disk
-from runs import MEMORY, SOUND, Run, Violation
+from runs import MEMORY, SOUND, Run, Violation, likeliest, live_rows
 
 import sqlspace
 
@@ -29,7 +29,6 @@ __all__ = ["Explorer", "Walk", "look"]
 GENERATIONS = 3
 SELECT_ROWS = "SELECT * FROM sqlspace_entries ORDER BY seq"
 SELECT_SCHEMA = "SELECT * FROM sqlspace_schema ORDER BY version"
-SELECT_LIVE = "SELECT payload, seq, key, state, token FROM sqlspace_entries WHERE state < 3"
 
 
 # -- looking at what is left
@@ -39,7 +38,7 @@ class Seen(NamedTuple):
     """What an image holds."""
 
     state: int  # a hash of all of it
-    live: dict  # payload to (seq, key, state, token)
+    live: dict  # payload to (seq, key, state, token, deadline)
     top: int
 
 
@@ -59,7 +58,7 @@ def look(path, files):
             raise Violation(f"integrity_check: {found}")
         rows = connection.execute(SELECT_ROWS).fetchall()
         schema = connection.execute(SELECT_SCHEMA).fetchall()
-        live = {row[0]: row[1:] for row in connection.execute(SELECT_LIVE)}
+        live = live_rows(connection)
     finally:
         connection.close()
     return Seen(hash((tuple(rows), tuple(schema))), live, rows[-1][0] if rows else 0)
@@ -124,7 +123,7 @@ class Walk:
                 if after is not None and after.seq is not None:
                     self.top = max(self.top, after.seq)
             self.verdicts.clear()
-            self.made = True
+            self.made = self.made or not deed.raised
             if deed.alone and deed.effects:  # else nothing was promised
                 self.floor = deed.end
 
@@ -139,7 +138,7 @@ class Walk:
         """What is wrong with it; None: nothing."""
         doubtful = {}
         for deed in self.under_way:
-            for payload, facts in deed.effects.items():
+            for payload, facts in (*deed.effects.items(), *deed.might.items()):
                 doubtful.setdefault(payload, []).extend(facts)
         for payload, fact in self.facts.items():
             row = seen.live.get(payload)
@@ -152,15 +151,13 @@ class Walk:
             if not any(self.fits(fact, seen.live.get(payload)) for fact in facts):
                 return f"{payload[:40]!r} is {seen.live.get(payload)}, which is none of {facts}"
         for deed in self.under_way:
-            effects = [
-                (seen.live.get(payload), before, after)
-                for payload, (before, after) in deed.effects.items()
-                if len(doubtful[payload]) == 2
-            ]
-            undone = all(self.fits(before, row) for row, before, _ in effects)
-            done = all(self.fits(after, row) for row, _, after in effects)
-            if not undone and not done:
-                return f"{deed.name} is half done: {effects}"
+            whole = deed.is_whole(
+                lambda payload, fact: (
+                    len(doubtful[payload]) > 2 or self.fits(fact, seen.live.get(payload))
+                )
+            )
+            if not whole:
+                return f"{deed.name} is half done: {deed.effects or deed.might}"
         if self.states.get(seen.state, -1) < self.floor:
             return f"the file is in no state that was committed since event {self.floor}"
         return None
@@ -170,14 +167,13 @@ class Walk:
 
     def next_run(self, name, files, seen):
         """What goes on after a power cut: what was under way is as it was seen, for ever."""
-        facts = dict(self.facts)
+        facts, top = dict(self.facts), self.top
         for deed in self.under_way:
-            for payload, either in deed.effects.items():
+            for payload, either in (*deed.effects.items(), *deed.might.items()):
                 row = seen.live.get(payload)
-                for fact in either:
-                    if self.fits(fact, row):
-                        facts[payload] = fact
-        top = max([self.top, *(fact.seq or 0 for fact in facts.values() if fact is not None)])
+                if fitting := [fact for fact in either if self.fits(fact, row)]:
+                    facts[payload] = fact = likeliest(fitting, row)
+                    top = max(top, fact.seq or 0 if fact else 0)  # dedupe may find it
         return Run(name, files, facts, top, self.now, self.run.plant)
 
 
@@ -207,13 +203,13 @@ class Explorer:
 
     def explore(self, seed):
         """All of the run with this seed."""
-        self.go_through(Run(str(seed), {}, {}, plant=self.plant))
+        self.go_through(self.first_run(str(seed)))
 
     def replay(self, image):
         """One image, by its name, and nothing of what comes after it."""
         seed, *steps = image.split("/")
         only = [(int(number), mode) for number, mode in zip(steps[::2], steps[1::2], strict=True)]
-        self.go_through(Run(seed, {}, {}, plant=self.plant), only)
+        self.go_through(self.first_run(seed), only)
 
     def go_through(self, run, only=()):
         """Do it, and cut the power behind each of its events.
@@ -226,6 +222,18 @@ class Explorer:
             self._path = os.path.join(folder, "image.db")
             self._go_through(run, only)
 
+    def first_run(self, name):
+        """With nothing on the disk."""
+        return Run(name, {}, {}, plant=self.plant)
+
+    def begins(self, run):
+        """Behind which event the first power cut is."""
+        return 0
+
+    def ends(self, run):
+        """Behind which event the last one is."""
+        return len(run.events)
+
     def _go_through(self, run, only):
         self.runs += 1
         try:
@@ -234,8 +242,10 @@ class Explorer:
             self._note(run.name, error)
         self.deeds += len(run.deeds)
         walk = Walk(run)
-        for number in range((only[0][0] if only else len(run.events)) + 1):
+        for number in range((only[0][0] if only else self.ends(run)) + 1):
             walk.go(number)
+            if number < self.begins(run):
+                continue
             for mode in self._modes(walk, number, only):
                 if not self.watch(self):
                     return

@@ -18,12 +18,25 @@ from typing import NamedTuple
 
 import apsw
 import pytest
-from disks import Recorder, own_sync
+from disks import OwnSyncs, Recorder
 
 import sqlspace
-from sqlspace import clock, database, schema
+from sqlspace import clock, schema
 
-__all__ = ["MEMORY", "SOUND", "VERBS", "Fact", "Member", "Plant", "Run", "Violation"]
+__all__ = [
+    "ANY",
+    "MEMORY",
+    "SOUND",
+    "VERBS",
+    "Deed",
+    "Fact",
+    "Member",
+    "Plant",
+    "Run",
+    "Violation",
+    "likeliest",
+    "live_rows",
+]
 
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 BEGIN = 1_800_000_000_000_000
@@ -35,6 +48,10 @@ VERBS = (
     *("put", "clear", "remove", "pullp", "pullp", "pull_any", "nack", "extend", "requeue"),
     *("compact", "another", "later"),
 )
+ANY = b"any"  # a token that nobody was told
+SELECT_LIVE = """
+SELECT payload, seq, key, state, token, deadline FROM sqlspace_entries WHERE state < 3
+"""
 SELECT_DEDUPE = "SELECT seq, key, dedupe FROM sqlspace_entries WHERE seq = ?"
 
 
@@ -76,14 +93,23 @@ class Fact:
             return True  # tidied away, or not yet
         if row is None:
             return False
-        seq, key, state, token = row
+        seq, key, state, token, _ = row
         if self.dies and not self.is_leased(now):
             return True  # moved to the dead letters, or not yet
         if (self.seq is not None and seq != self.seq) or key != self.key:
             return False
         if self.token is None:
             return token is None
-        return not self.is_leased(now) or (state == 2 and token == self.token)
+        return not self.is_leased(now) or (state == 2 and self.token in (token, ANY))
+
+    def as_in(self, row):
+        """With what nobody was told."""
+        if row is None:
+            return self
+        seq, _, state, token, deadline = row
+        if self.token is None or state != 2:
+            return replace(self, seq=seq)
+        return replace(self, seq=seq, token=token, lease_end=deadline)
 
 
 class Deed(NamedTuple):
@@ -92,6 +118,9 @@ class Deed(NamedTuple):
     Attributes:
         effects: What it did to entries, by their payloads: the fact before, and after; None: gone.
         alone: Whether no other was under way, so that the file's state behind it is known.
+        raised: Whether it returned nothing, but raised.
+        might: What it might have done as well, as long as it is under way.
+        most: If not None: to so many entries at the most, whichever they are.
     """
 
     name: str
@@ -100,6 +129,21 @@ class Deed(NamedTuple):
     now: int
     effects: dict
     alone: bool = True
+    raised: bool = False
+    might: dict = {}  # noqa: RUF012  # never changed
+    most: int | None = None
+
+    def is_whole(self, fits):
+        """Whether all of it was done, or nothing; `fits`: whether an entry is as a fact says."""
+        if self.most is not None:
+            return sum(not fits(p, before) for p, (before, _) in self.might.items()) <= self.most
+        return any(
+            all(
+                fits(payload, facts[done])
+                for payload, facts in (self.might or self.effects).items()
+            )
+            for done in (False, True)
+        )
 
 
 class Plant(NamedTuple):
@@ -123,6 +167,19 @@ class Plant(NamedTuple):
 
 
 SOUND = Plant()
+
+
+def likeliest(facts, row):
+    """Of facts that all fit a row, the one that it tells of."""
+    for fact in facts:
+        if fact is not None and fact.token is not None and row is not None and row[2] == 2:
+            return fact.as_in(row)
+    return facts[-1] and facts[-1].as_in(row)
+
+
+def live_rows(connection):
+    """By their payloads: seq, key, state, token, deadline."""
+    return {row[0]: row[1:] for row in connection.execute(SELECT_LIVE)}
 
 
 @contextlib.contextmanager
@@ -175,8 +232,8 @@ class Run:
     def __call__(self):
         """Do it all, and leave nothing."""
         with self:
-            for _ in range(self.plant.deeds[not self.first]):
-                self.step(self.random.choice(self.plant.verbs))
+            for verb in self.script():
+                self.step(verb)
             while self.stores:
                 self.do("close", self.stores.popitem()[1].close, lambda _: {})
 
@@ -190,28 +247,46 @@ class Run:
             self.recorder = Recorder(self.path, f"recorder of {folder}")
             stack.callback(self.recorder.unregister)
             self.recorder.now = lambda: self.now
+            self.recorder.before = self.disk
             self.events = self.recorder.events
             patch = stack.enter_context(pytest.MonkeyPatch.context())
             patch.setattr(logging.getLogger("sqlspace"), "disabled", True)  # it tells of the dead
             patch.setattr(clock, "now", lambda: self.now)
             patch.setattr(os, "urandom", self.dice.randbytes)
             patch.setattr(secrets, "token_hex", lambda number: self.dice.randbytes(number).hex())
-            patch.setattr(database, "sync", own_sync(self.recorder))
+            self.own_syncs = OwnSyncs(self.recorder)
+            self.own_syncs.patch(patch)
             stack.enter_context(seeded(self.dice))
             self.plant.patch(self, patch)
             stack.callback(self.close)
-            self.sync = self.plant.sync
-            if self.sync is None:
-                self.sync = self.random.choice((True, "group"))
-            self.history = self.random.choice((0, 3, 1000, None))
-            self.checkpoint = self.random.choice((8, 30, 1000))
-            self.keep = self.random.random() < 0.3  # both stores stay open
-            self.do("open", self.open, lambda _: {})
+            self.begin()
             self.stack = stack.pop_all()
         return self
 
     def __exit__(self, *_):
         self.stack.close()
+
+    def begin(self):
+        """Open the first store."""
+        self.choose()
+        self.do("open", self.open, lambda _: {})
+
+    def choose(self):
+        """How the stores are opened, and how many there are."""
+        self.sync = self.plant.sync
+        if self.sync is None:
+            self.sync = self.random.choice((True, "group"))
+        self.history = self.random.choice((0, 3, 1000, None))
+        self.checkpoint = self.random.choice((8, 30, 1000))
+        self.keep = self.random.random() < 0.3  # both stores stay open
+
+    def script(self):
+        """The verbs, one after the other."""
+        for _ in range(self.plant.deeds[not self.first]):
+            yield self.random.choice(self.plant.verbs)
+
+    def disk(self, event):
+        """Called before each event; what it raises has failed."""
 
     def close(self):
         for store in self.stores.values():
@@ -224,18 +299,26 @@ class Run:
         getattr(self, verb)()
 
     def open(self):
-        name = f"store {len(self.stores)}"
+        name = next(each for each in ("store 0", "store 1") if each not in self.stores)
         store = sqlspace.open(
-            self.path, sync=self.sync, history=self.history, vfs=self.recorder.name
+            self.path,
+            sync=self.sync,
+            history=self.history,
+            busy_timeout=60.0,  # a crowd on a busy machine
+            vfs=self.recorder.name,
         )
         self.stores[name] = store
+        self.own_syncs.opened(store._database._session.wal_descriptor)
         store._database._session.connection.wal_autocheckpoint(self.checkpoint)
         self.plant.opened(store)
 
     # -- what is told
 
-    def do(self, name, call, effects):
-        """Make a call; `effects` says what its answer means for the entries."""
+    def do(self, name, call, effects, might=dict, most=None):
+        """Make a call; `effects` says what its answer means for the entries.
+
+        `might` and `most` say what it may have done if it raises, as `Deed` has it.
+        """
         begin = len(self.events)
         value = call()
         self.tell(Deed(name, begin, len(self.events), self.now, self.changes(effects(value))))
@@ -293,15 +376,18 @@ class Run:
             if seq <= self.top and dedupe is not None and self.is_same(seq, key, dedupe):
                 return {}
             self.grow(seq)
+            return {payload: fact(seq)}
+
+        def fact(seq):
             due = self.now + int(delay * SECOND) if delay else 0
             expires = self.now + int(ttl * SECOND) if ttl else None
-            return {payload: Fact(seq, key, due=due, expires=expires)}
+            return Fact(seq, key, due=due, expires=expires)
 
         def call():
             return store.push(key, payload, ttl=ttl, delay=delay, dedupe=dedupe, headers=headers)
 
         if effects is None:
-            self.do("push", call, after)
+            self.do("push", call, after, lambda: {payload: fact(None)})
         else:
             effects.update(after(call()))
 
@@ -309,7 +395,12 @@ class Run:
         """Whether an earlier push has asked for the same."""
         connections = [each._database._session.connection for each in self.stores.values()]
         connections.sort(key=lambda each: each.in_transaction)
-        return connections[-1].execute(SELECT_DEDUPE, wanted[:1]).fetchall() == [wanted]
+        with self.undisturbed():
+            return connections[-1].execute(SELECT_DEDUPE, wanted[:1]).fetchall() == [wanted]
+
+    def undisturbed(self):
+        """While the run itself looks."""
+        return contextlib.nullcontext()
 
     def grow(self, *seqs):
         for seq in seqs:
@@ -323,20 +414,25 @@ class Run:
             self.grow(*seqs)
             return {p: Fact(seq, key) for p, seq in zip(payloads, seqs, strict=True)}
 
-        self.do("push_many", lambda: self.store.push_many(key, payloads), after)
+        might = dict.fromkeys(payloads, Fact(None, key))
+        self.do("push_many", lambda: self.store.push_many(key, payloads), after, lambda: might)
 
     def put(self):
         key, payload = self.key(), self.payload()
 
-        def after(seq):
-            self.grow(seq)
+        def fact(seq):
             return self.cleared(key) | {payload: Fact(seq, key)}
 
-        self.do("put", lambda: self.store.put(key, payload), after)
+        def after(seq):
+            self.grow(seq)
+            return fact(seq)
+
+        self.do("put", lambda: self.store.put(key, payload), after, lambda: fact(None))
 
     def clear(self):
         key = self.key()
-        self.do("clear", lambda: self.store.clear(key), lambda _: self.cleared(key))
+        gone = self.cleared(key)
+        self.do("clear", lambda: self.store.clear(key), lambda _: gone, lambda: gone)
 
     def remove(self):
         if known := [f for f in self.facts.values() if f is not None and f.seq is not None]:
@@ -347,7 +443,7 @@ class Run:
                 self.ensure(did or not fact.is_sure(self.now), f"{fact} could not be removed")
                 return gone if did else {}
 
-            self.do("remove", lambda: self.store.remove(fact.key, fact.seq), after)
+            self.do("remove", lambda: self.store.remove(fact.key, fact.seq), after, lambda: gone)
 
     def taken(self, keys, payloads, before=()):
         """What was taken from one of these keys was there, and was the first; but for `before`."""
@@ -370,6 +466,10 @@ class Run:
             left = [f for f in self.facts.values() if f and f.key in keys and f.is_ready(self.now)]
             self.ensure(not left, f"nothing was found, and {left} are there")
 
+    def any_of(self, *keys):
+        """That each of their entries is gone."""
+        return {p: None for key in keys for p in self.live(key)}
+
     def gone(self, keys, payloads):
         payloads = [each for each in payloads if each is not None]
         self.taken(keys, payloads)
@@ -377,7 +477,13 @@ class Run:
 
     def pullp(self):
         key = self.key()
-        self.do("pullp", lambda: self.store.pullp(key), lambda p: self.gone((key,), [p]))
+        self.do(
+            "pullp",
+            lambda: self.store.pullp(key),
+            lambda payload: self.gone((key,), [payload]),
+            lambda: self.any_of(key),
+            most=1,
+        )
 
     def pull_any(self):
         keys = self.random.sample(KEYS, 2)
@@ -388,7 +494,9 @@ class Run:
             except sqlspace.DeadlineError:
                 return None
 
-        self.do("pull_any", call, lambda p: self.gone(keys, [p]))
+        self.do(
+            "pull_any", call, lambda p: self.gone(keys, [p]), lambda: self.any_of(*keys), most=1
+        )
 
     def pull_many(self):
         key, limit = self.key(), self.random.randint(1, 5)
@@ -396,31 +504,34 @@ class Run:
             "pull_many",
             lambda: self.store.pull_many(key, limit),
             lambda payloads: self.gone((key,), payloads),
+            lambda: self.any_of(key),
+            most=limit,
         )
 
-    def claim(self):
+    def claim(self, last=False):
         key, number = self.key(), self.random.choice((1, 1, 3))
         lease = self.random.choice((10.0, 1e6))
-        last = self.random.random() < 0.2
+        last = self.random.random() < 0.2 or last
+
+        def leased(payload, token, **seq):
+            end = self.now + int(lease * SECOND)
+            return replace(self.facts[payload], token=token, lease_end=end, dies=last, **seq)
 
         def after(found):
             self.taken((key,), [each.payload for each in found])
             self.deliveries += found
             return {
-                each.payload: replace(
-                    self.facts[each.payload],
-                    seq=each.seq,
-                    token=each._grant.token,
-                    lease_end=self.now + int(lease * SECOND),
-                    dies=last,
-                )
+                each.payload: leased(each.payload, each._grant.token, seq=each.seq)
                 for each in found
             }
 
         def call():
             return self.store.claim_many(key, number, lease=lease, max_attempts=1 if last else None)
 
-        self.do("claim", call, after)
+        def might():
+            return {payload: leased(payload, ANY) for payload in self.live(key)}
+
+        self.do("claim", call, after, might, most=number)
 
     def settle(self, name, call, after):
         """Whoever holds the lease may, and nobody else."""
@@ -431,8 +542,6 @@ class Run:
         holds = (
             fact is not None and fact.is_leased(self.now) and fact.token == delivery._grant.token
         )
-        if name != "extend":
-            self.deliveries.remove(delivery)
 
         def attempt():
             try:
@@ -441,11 +550,16 @@ class Run:
                 return False
             return True
 
+        def might():
+            return {delivery.payload: after(fact)} if holds else {}
+
         def effects(did):
             self.ensure(did == holds, f"{name}: {'done' if did else 'refused'}, and {fact} says no")
-            return {delivery.payload: after(fact)} if did else {}
+            if name != "extend":
+                self.deliveries.remove(delivery)
+            return might()
 
-        self.do(name, attempt, effects)
+        self.do(name, attempt, effects, might)
 
     def ack(self):
         self.settle("ack", lambda delivery: delivery.ack(), lambda _: None)
@@ -494,15 +608,16 @@ class Run:
                     raise _OnPurpose
 
         top = self.top
-        self.do("transaction", call, lambda _: {} if fails else effects)
+        done = {} if fails else effects
+        self.do("transaction", call, lambda _: done, lambda: done)
         if fails:  # nobody was told of its seqs for good
             self.top = top
 
     def requeue(self):
         key = self.key()
-        dead = [p for p, fact in self.live(key).items() if p not in self.cleared(key)]
+        dead = [p for p in self.live(key) if p not in self.cleared(key)]
         back = dict.fromkeys([*self.live(f"{key}/dead"), *dead], Fact(None, key))
-        self.do("requeue", lambda: self.store.requeue(key), lambda _: back)
+        self.do("requeue", lambda: self.store.requeue(key), lambda _: back, lambda: back)
 
     def compact(self):
         self.do("compact", self.store.compact, lambda _: {})
@@ -546,17 +661,21 @@ class Run:
                 told.wait(60)
             elif event.kind == "sync" and event.end == "-wal" and not members:
                 come()
+            self.disk(event)
 
         self.members = members
         self.recorder.before = before
         try:
             self.push_by(store)
         finally:
-            self.recorder.before = lambda event: None
+            self.recorder.before = self.disk
             told.set()
             for member in members:
                 member.join(60)
         for member in members:
+            if member.error is not None:
+                self.refuse(member)
+                continue
             if member.payload is None:
                 after = self.gone((member.key,), [member.answer]) if member.answer else {}
             else:
@@ -565,6 +684,10 @@ class Run:
             effects = self.changes(after)
             self.tell(Deed("crowd", member.began, member.ended, self.now, effects, alone=False))
 
+    def refuse(self, member):
+        """Its call has raised."""
+        raise member.error
+
 
 class Member(threading.Thread):
     """Of a crowd: it pushes or, without a payload, pulls."""
@@ -572,14 +695,17 @@ class Member(threading.Thread):
     def __init__(self, store, key, payload, events):
         super().__init__(daemon=True)
         self.store, self.key, self.payload, self.events = store, key, payload, events
-        self.answer = self.ended = None
+        self.answer = self.ended = self.error = None
 
     def run(self):
         self.began = len(self.events)
-        if self.payload is None:
-            self.answer = self.store.pullp(self.key)
-        else:
-            self.answer = self.store.push(self.key, self.payload)
+        try:
+            if self.payload is None:
+                self.answer = self.store.pullp(self.key)
+            else:
+                self.answer = self.store.push(self.key, self.payload)
+        except Exception as error:
+            self.error = error
         self.ended = len(self.events)
 
 
