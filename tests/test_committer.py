@@ -1172,6 +1172,18 @@ def test_a_close_wakes_those_in_the_queue(path, child):
         closing.result()
 
 
+def test_a_call_that_is_carried_is_not_told_that_the_store_is_closed(store):
+    """Somebody has begun with it, and answers it: it may have happened by now."""
+    found, operation = committer_of(store), Work(lambda _: ())
+    store._database.closed = True
+    found.carried = [operation]
+    found._ensure_usable(operation)
+    found.carried = []
+    with pytest.raises(ClosedError):
+        found._ensure_usable(operation)
+    store._database.closed = False
+
+
 def test_a_file_that_was_moved_wakes_all_with_moved_error(path):
     """Who finds out tells it to those whom it has carried, undecided; the queue is woken."""
     store = sqlspace.open(path, sync=False)

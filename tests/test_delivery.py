@@ -1016,6 +1016,15 @@ def test_an_ordered_claim_waits_out_a_nacks_delay_but_not_a_pushs(store, clock):
     assert store.claimp("k", ordered=True).payload == b"later"  # nothing before it is held
 
 
+def test_of_many_that_have_died_none_comes_back(store, clock):
+    """More than are moved in one step: the others are no less dead."""
+    store.push_many("k", [b"dead"] * (2 * dead_letters.BURY_ROWS))
+    store.claim_many("k", 2 * dead_letters.BURY_ROWS, lease=1, max_attempts=1)
+    clock.go(2)
+    assert store.pullp("k") is None
+    assert store.pull_many("k", 10) == []
+
+
 def test_an_ordered_claim_is_not_held_up_by_the_many_that_have_died(store, clock):
     """More than are moved in one step: those that still stand there are no leases any more."""
     store.push_many("k", [b"dead"] * (2 * dead_letters.BURY_ROWS))

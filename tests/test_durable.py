@@ -1,5 +1,6 @@
 """The Space protocol over a Store, and what becomes of a value that can't be read."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -230,6 +231,22 @@ def test_a_bad_head_that_arrives_while_a_call_waits_is_moved(store):
     thread.join()
     assert [error.payload for error in errors] == [b"{"]
     assert store.len("k/dead") == 1
+
+
+def test_what_another_claims_while_it_is_decoded_is_not_buried(path):
+    """Nothing is taken from under a worker's hands."""
+    with sqlspace.open(path, sync=False) as store, sqlspace.open(path, sync=False) as other:
+        store.push("k", b"bad")
+        claimed = []
+
+        def loads(_):
+            claimed.append(other.claim("k", 0))
+            raise ValueError
+
+        with contextlib.suppress(sqlspace.DecodeError):
+            store.space(loads=loads).inp("k")
+        claimed[0].ack()
+        assert store.len("k/dead") == 0
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])

@@ -668,6 +668,19 @@ def test_many_that_wait_for_room_all_get_in_and_never_overfill(store):
     assert store._database.bell._takers == {}
 
 
+@pytest.mark.usefixtures("_only_rings")
+def test_who_waits_for_dead_letters_is_woken_by_a_death(store):
+    """Whoever caused it rings for where it stands now."""
+    store.push("k", b"1")
+    claimed = store.claim("k", max_attempts=1)
+    thread = threading.Thread(target=store.pull, args=("k/dead", 60))
+    thread.start()
+    awaited(store, token="k/dead")
+    claimed.nack()
+    thread.join(LOOK_AGAIN_SECONDS / 2)
+    assert not thread.is_alive()
+
+
 INTERRUPTED = """
 import functools, random, sqlspace
 
@@ -887,6 +900,24 @@ def test_an_entry_that_is_due_stands_before_later_ones_however_many_came_due_bef
         "claim_many": lambda: store.claim_many("k", 1)[0].payload,
     }[verb]()
     assert taken == b"first"
+
+
+def test_what_is_due_behind_many_that_are_not_stands_before_what_lapsed_behind_it(store, clock):
+    """Of those that wait the first are looked at; nothing behind them is taken for seen."""
+    store.push_many("k", [b"later"] * ageing.BATCH_ROWS, delay=5000)
+    store.push("k", b"first", delay=10)
+    store.push_many("k", [b"x"] * (ageing.BATCH_ROWS + 100))
+    store.claim_many("k", ageing.BATCH_ROWS + 100, lease=5)
+    clock.go(20)
+    assert store.pull("k") == b"first"
+
+
+def test_what_a_clock_that_was_set_back_has_expired_is_swept_away_too(store, clock):
+    """Its time to live lies further ahead than it is long."""
+    seq = store.push("k", b"1", ttl=10)
+    clock.go(-10_000)
+    store.push_many("other", [b"x"])
+    assert outcomes(store) == [(seq, "expired")]
 
 
 def test_many_at_once_are_taken_in_order_however_they_came_due(store, clock):

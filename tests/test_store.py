@@ -341,6 +341,21 @@ def test_a_backup_is_a_store_of_its_own(store, tmp_path):
 # -- closing, sharing
 
 
+def test_a_backup_that_fails_leaves_no_file(store, path, monkeypatch):
+    """Half a copy would be taken for a whole one, and stand in the next one's way."""
+    store.push("a", b"1")
+
+    def failing(_):
+        raise sqlspace.FullError("no room left on the disk")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store._database, "backup", failing)
+        with pytest.raises(sqlspace.FullError):
+            store.backup(path + ".copy")
+    assert not os.path.exists(path + ".copy")
+    store.backup(path + ".copy")
+
+
 def test_a_closed_store_refuses_every_verb_and_closes_again(path):
     """Even though entries remain."""
     store = sqlspace.open(path)

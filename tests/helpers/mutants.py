@@ -490,9 +490,7 @@ MUTANTS = [
         "            if operation not in self.carried and not operation.finished:\n"
         "                raise\n",
         "            raise\n",
-        "committer::a_close_wakes_those_in_the_queue",
-        "committer::a_file_that_was_moved_wakes_all_with_moved_error",
-        harmless="what raises is settled: it waits until it was carried, and is undone",
+        "committer::a_call_that_is_carried_is_not_told_that_the_store_is_closed",
     ),
     _mutant(
         "answered-and-awaiting",
@@ -1455,8 +1453,7 @@ MUTANTS = [
         "of two kinds that came due the later one is released first",
         "            known = min(known, rows[-1][0])\n",
         "            known = max(known, rows[-1][0])\n",
-        "options::many_at_once_are_taken_in_order_however_they_came_due",
-        "options::an_entry_that_is_due_stands_before_later_ones_however_many_came_due_before_it",
+        "options::what_is_due_behind_many_that_are_not_stands_before_what_lapsed_behind_it",
     ),
     _mutant(
         "a-delay-sticks",
@@ -1470,17 +1467,14 @@ MUTANTS = [
         "after the clock was set back what should be gone is never swept",
         "    rows += connection.execute(SELECT_EXPIRED_STUCK, (now, BATCH_ROWS)).fetchall()\n",
         "",
-        "options::a_clock_that_jumps_by_years_makes_nothing_stick",
-        "options::work_goes_on_after_a_jump_forwards_and_back",
-        "clock",
+        "options::what_a_clock_that_was_set_back_has_expired_is_swept_away_too",
     ),
     _mutant(
         "the-dead-are-released",
         "what has died is handed out once more",
         "WHERE key = ?2 AND until_at <= ?1 AND state < 3 AND NOT {LAST} LIMIT ?3",
         "WHERE key = ?2 AND until_at <= ?1 AND state < 3 LIMIT ?3",
-        "delivery::a_lapse_of_the_last_attempt_leaves_what_a_nack_leaves",
-        "delivery::a_lapse_of_the_last_attempt_is_a_dead_letter_for_whoever_looks_first",
+        "delivery::of_many_that_have_died_none_comes_back",
     ),
     _mutant(
         "expired-before-it-died",
@@ -1510,7 +1504,7 @@ MUTANTS = [
         "who waits for dead letters sleeps",
         "    return [target, room_token(key)]\n",
         "    return [room_token(key)]\n",
-        "timers::a_dead_letter_appears_when_the_last_lease_runs_out",
+        "options::who_waits_for_dead_letters_is_woken_by_a_death",
     ),
     _mutant(
         "the-others-dead-first",
@@ -1524,7 +1518,7 @@ MUTANTS = [
         "a bad entry that another took meanwhile is buried all the same",
         "    if not connection.execute(SELECT_IS_READY, (now, seq)).fetchall():\n        return []\n",
         "",
-        "durable",
+        "durable::what_another_claims_while_it_is_decoded_is_not_buried",
     ),
     # -- waiting, store
     _mutant(
@@ -1594,8 +1588,7 @@ MUTANTS = [
         "half a copy stands where a backup should, and the next one is refused",
         "            os.unlink(target)\n            raise\n",
         "            raise\n",
-        "bad_input::a_backup_goes_to_a_new_file_and_to_nothing_else",
-        "store::a_backup_is_a_store_of_its_own",
+        "store::a_backup_that_fails_leaves_no_file",
     ),
     _mutant(
         "a-backup-takes-others-wal",
