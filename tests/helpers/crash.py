@@ -9,6 +9,7 @@ It ends with exit code 1 if a promise was broken, and with the names of the imag
 """
 
 import argparse
+import contextlib
 import itertools
 import math
 import multiprocessing
@@ -17,6 +18,7 @@ import queue
 import sys
 import time
 import traceback
+from collections import Counter
 
 from faults import Injector
 from powercuts import Explorer
@@ -27,42 +29,57 @@ console = Console(highlight=False, soft_wrap=True)
 SHOWN = 20  # violations
 
 
-def work(seeds, ends, news, every_fault):
-    """Explore one seed after the other, and tell how far it is."""
-    told = 0
+class Worker:
+    """Explores one seed after the other, in a process of its own, and tells how far it is."""
 
-    def watch(explorer):
-        nonlocal told
-        if explorer.images - told >= 250:
-            news.put(("images", explorer.images - told))
-            told = explorer.images
-        return time.monotonic() < ends
+    def __init__(self, ends, news):
+        self.ends = ends
+        self.news = news
+        self.told = Counter()
 
-    def explore(seed, explorer):
-        nonlocal told
-        told = 0
+    def run(self, seeds, every_fault):
+        try:
+            for seed in iter(seeds.get, None):
+                if every_fault:
+                    self.explore(seed, Injector(sample=None, watch=self.watch))
+                else:
+                    self.explore(seed, Explorer(watch=self.watch))
+                    self.explore(seed, Injector(watch=self.watch))
+                if time.monotonic() >= self.ends:
+                    break
+        except KeyboardInterrupt:
+            pass
+        except BaseException:
+            self.news.put(("broken", traceback.format_exc()))
+            raise
+        self.news.put(("done", None))
+
+    def explore(self, seed, explorer):
+        self.told.clear()
+        self.news.put(("seed", seed))
         explorer.explore(seed)
-        news.put(("images", explorer.images - told))
-        faults = explorer.faults if isinstance(explorer, Injector) else 0
-        news.put(("seed", (seed, explorer.deeds, faults, explorer.violations)))
+        self.tell(explorer)
 
-    try:
-        for seed in iter(seeds.get, None):
-            if every_fault:
-                explore(seed, Injector(sample=None, watch=watch))
-            else:
-                explore(seed, Explorer(watch=watch))
-                explore(seed, Injector(watch=watch))
-            if time.monotonic() >= ends:
-                break
-    except BaseException:
-        news.put(("broken", traceback.format_exc()))
-        raise
-    news.put(("done", None))
+    def watch(self, explorer):
+        if explorer.images - self.told["images"] >= 250:
+            self.tell(explorer)
+        return time.monotonic() < self.ends
+
+    def tell(self, explorer):
+        now = Counter(images=explorer.images, calls=explorer.deeds)
+        now["faults"] = getattr(explorer, "faults", 0)
+        violations = explorer.violations[self.told["violations"] :]
+        self.news.put(("more", (now - self.told, violations)))
+        self.told = now
+        self.told["violations"] = len(explorer.violations)
+
+
+def work(seeds, ends, news, every_fault):
+    Worker(ends, news).run(seeds, every_fault)
 
 
 def campaign(minutes, processes, coming, *, every_fault=False):
-    """Run it; the exit code."""
+    """Run it, until its time is over or Ctrl-C; the exit code."""
     context = multiprocessing.get_context("spawn")
     seeds, news = context.Queue(maxsize=processes), context.Queue()
     begins = time.monotonic()
@@ -73,13 +90,14 @@ def campaign(minutes, processes, coming, *, every_fault=False):
     ]
     for worker in workers:
         worker.start()
-    images = deeds = faults = 0
-    explored, violations = [], []
-    total = None if every_fault else minutes * 60
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=console
-    ) as progress:
-        task = progress.add_task("", total=total)
+    counts, explored, violations = Counter(), [], []
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        Progress(
+            TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=console
+        ) as progress,
+    ):
+        task = progress.add_task("", total=None if every_fault else minutes * 60)
         at_work = len(workers)
         while at_work:
             if not seeds.full():
@@ -88,14 +106,12 @@ def campaign(minutes, processes, coming, *, every_fault=False):
                 kind, what = news.get(timeout=0.2)
             except queue.Empty:
                 kind, what = "nothing", None
-            if kind == "images":
-                images += what
-            elif kind == "seed":
-                explored.append(what[0])
-                deeds += what[1]
-                faults += what[2]
-                violations += what[3]
-                for name, text in what[3][:SHOWN]:
+            if kind == "seed":
+                explored.append(what)
+            elif kind == "more":
+                counts += what[0]
+                violations += what[1]
+                for name, text in what[1][:SHOWN]:
                     progress.console.print(f"{name}: {text}", markup=False)
             elif kind == "broken":
                 progress.console.print(what, markup=False)
@@ -104,16 +120,17 @@ def campaign(minutes, processes, coming, *, every_fault=False):
                 at_work -= 1
             progress.update(
                 task,
-                completed=min(time.monotonic() - begins, minutes * 60),
-                description=f"{images:,} images, {len(violations):,} violations",
+                completed=time.monotonic() - begins,
+                description=f"{counts['images']:,} images, {len(violations):,} violations",
             )
     seconds = time.monotonic() - begins
     console.print(
-        f"seeds       {min(explored)} to {max(explored)}\n"
-        f"calls       {deeds:,}\n"
-        f"faults      {faults:,}\n"
-        f"images      {images:,}\n"
-        f"a second    {images / seconds:,.0f}\n"
+        f"seeds       {min(explored, default='-')} to {max(explored, default='-')}\n"
+        f"minutes     {seconds / 60:.1f}\n"
+        f"calls       {counts['calls']:,}\n"
+        f"faults      {counts['faults']:,}\n"
+        f"images      {counts['images']:,}\n"
+        f"a second    {counts['images'] / seconds:,.0f}\n"
         f"violations  {len(violations):,}"
     )
     return int(bool(violations))
