@@ -1,6 +1,6 @@
 """Does the suite notice? One broken line at a time, in a copy of the project.
 
-    scripts/mutate                      all of `mutants.py`; twenty minutes on one processor
+    scripts/mutate                      all of `mutants.py`; half an hour on one processor
     scripts/mutate ack lease            those whose names hold one of these
 
 First the tests are run on a copy in which nothing is broken: so what fails then, fails for the
