@@ -110,8 +110,9 @@ def campaign(minutes, processes, coming, *, every_fault=False):
                 explored.append(what)
             elif kind == "more":
                 counts += what[0]
+                shown = what[1][: max(0, SHOWN - len(violations))]
                 violations += what[1]
-                for name, text in what[1][:SHOWN]:
+                for name, text in shown:
                     progress.console.print(f"{name}: {text}", markup=False)
             elif kind == "broken":
                 progress.console.print(what, markup=False)

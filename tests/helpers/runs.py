@@ -615,7 +615,11 @@ class Run:
 
     def requeue(self):
         key = self.key()
-        dead = [p for p in self.live(key) if p not in self.cleared(key)]
+        dead = [
+            payload
+            for payload, fact in self.live(key).items()
+            if payload not in self.cleared(key) and not fact.has_expired(self.now)
+        ]
         back = dict.fromkeys([*self.live(f"{key}/dead"), *dead], Fact(None, key))
         self.do("requeue", lambda: self.store.requeue(key), lambda _: back, lambda: back)
 
