@@ -33,7 +33,7 @@ from .errors import (
     StoreError,
 )
 from .marks import HISTORY_AT
-from .reserve import release
+from .reserve import is_tight, release
 from .session import UPDATE_BOOTS, Session
 from .turnstile import Turnstile
 from .waiting import surely
@@ -500,6 +500,7 @@ class Database:
     # -- the session
 
     def _open(self) -> Session:
+        self._ensure_room()
         try:
             try:
                 return Session(self.options, self._stirring)
@@ -513,6 +514,14 @@ class Database:
             raise StoreError(f"{self.options.path}: {error.strerror}") from error
         except SchemaError as error:
             raise type(error)(f"{self.options.path}: {error}") from error.__cause__
+
+    def _ensure_room(self) -> None:
+        """Raise FullError where SQLite would have no room for the -shm, and no error for that."""
+        path = self.options.path
+        if self.options.vfs is None and os.path.isdir(os.path.dirname(path)) and is_tight(path):
+            release(path)
+            if is_tight(path):
+                raise FullError(f"{path}: no room left on the disk for the -shm")
 
     def _ready(self) -> Session:
         """The session to work in, with one of the locks held."""

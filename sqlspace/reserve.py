@@ -37,7 +37,7 @@ import apsw
 from .connection import Connection
 from .errors import FullError
 
-__all__ = ["Reserve", "release"]
+__all__ = ["Reserve", "is_tight", "release"]
 
 log = logging.getLogger("sqlspace")
 
@@ -55,6 +55,9 @@ _SPARE_PAGES = 32
 _PUSH_PAGES = 1
 
 _BLOCK_BYTES = 512  # that stat counts in
+
+_SHM_PAGE_BYTES = 4096
+_SHM_BYTES = 64 << 10  # twice what an open maps of it
 
 _LOOK_AGAIN_SECONDS = 1.0
 
@@ -319,6 +322,16 @@ class Reserve:
 
 def _rounded(size: int) -> int:
     return -(-size // _STEP_BYTES) * _STEP_BYTES
+
+
+def is_tight(path: str) -> bool:
+    """Whether to open the database could end the process with SIGBUS, for want of room.
+
+    SQLite maps the -shm, and makes sure of one block in each of its pages. Where blocks are
+    smaller, as on a small ext4, a full disk may have none for the rest of the page.
+    """
+    disk = os.statvfs(os.path.dirname(path))
+    return disk.f_frsize < _SHM_PAGE_BYTES and disk.f_bavail * disk.f_frsize < _SHM_BYTES
 
 
 def release(path: str) -> bool:

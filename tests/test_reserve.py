@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import threading
+import types
 
 import apsw
 import pytest
@@ -43,7 +44,8 @@ def disk(request, tmp_path):
         os.truncate(image, 48 * MEGABYTE)
         # Not everybody has it on the path; without it the mount will say so.
         if make := shutil.which("mkfs.ext4", path=f"{os.environ['PATH']}:/usr/sbin:/sbin"):
-            subprocess.run([make, "-q", "-m", "0", image], check=False, capture_output=True)
+            make = [make, "-q", "-m", "0", "-b", "1024", image]  # smaller than a page of the -shm
+            subprocess.run(make, check=False, capture_output=True)
         mount = ["mount", "-o", "loop", image, place]
     if os.geteuid() or subprocess.run(mount, check=False, capture_output=True).returncode:
         pytest.skip("no file system can be mounted here")
@@ -447,6 +449,32 @@ def files_open():
     for number in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):  # the listing's own
             yield os.readlink(f"/proc/self/fd/{number}")
+
+
+@pytest.mark.parametrize(("block", "opens"), [(1024, False), (4096, True)])
+def test_where_the_shm_has_no_room_an_open_is_refused(path, monkeypatch, block, opens):
+    """Blocks smaller than its pages are missing only when they are touched: by SIGBUS."""
+    found = types.SimpleNamespace(f_frsize=block, f_bavail=40_000 // block)
+    monkeypatch.setattr(os, "statvfs", lambda _: found)
+    with contextlib.nullcontext() if opens else pytest.raises(sqlspace.FullError, match="-shm"):
+        sqlspace.open(path).close()
+    assert os.path.exists(path) == opens
+
+
+def test_an_open_where_the_shm_has_no_room_gives_the_reserve_back(path, monkeypatch):
+    """Then it has."""
+    with sqlspace.open(path) as store:
+        store.push("k", b"x")
+    sound = os.statvfs
+
+    def tight(place):
+        disk = sound(place)
+        blocks = 0 if size(path) > 1000 else disk.f_bavail
+        return types.SimpleNamespace(f_frsize=1024, f_bavail=blocks)
+
+    monkeypatch.setattr(os, "statvfs", tight)
+    with sqlspace.open(path) as store:
+        assert store.pullp("k") == b"x"
 
 
 def test_one_that_was_deleted_is_made_again(path):
