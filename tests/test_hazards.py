@@ -99,6 +99,10 @@ DEFENCES = {
         "test_open.test_another_applications_file_is_refused_in_wal_mode",
     ),
     # availability
+    "a disk too full for the -shm": (
+        "reserve.is_tight",
+        "test_reserve.test_where_the_shm_has_no_room_an_open_is_refused",
+    ),
     "eight processes create the file at once": (
         "connection._patiently",
         "test_open.test_eight_processes_open_a_new_path_at_once_and_all_succeed",
