@@ -31,7 +31,8 @@ def options(
         history = min(check_int(history, "history", 0), 1 << 53)
     mode = check_int(mode, "mode", 0)
     if mode > 0o777 or mode & 0o600 != 0o600:
-        raise ValueError(f"mode must let the owner read and write, at most 0o777, not {mode:#o}")
+        given = f"{mode:#o}" if mode < 1 << 30 else shown(mode)
+        raise ValueError(f"mode must let the owner read and write, at most 0o777, not {given}")
     seconds = check_timeout(busy_timeout, "busy_timeout")
     if busy_timeout is None:
         raise TypeError("busy_timeout must be seconds as a number, not None")

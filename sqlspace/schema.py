@@ -182,6 +182,7 @@ def migrate(connection: apsw.Connection, *, embed: bool) -> None:
                 connection.execute(migration.sql)
                 row = (secrets.token_hex(16), 0) if migration.version == 1 else (None, None)
                 connection.execute(INSERT_VERSION, (migration.version, migration.name, *row))
+            _examine(connection)  # what damage shows only now is refused, and nothing is changed
             connection.execute("COMMIT")
         except BaseException:
             if connection.in_transaction:

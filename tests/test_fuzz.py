@@ -27,6 +27,18 @@ def test_hostile_input_is_refused_or_answered(kind, cases):
     tried(f"hostile {kind}", f"{cases:,} cases", seeds=f"1 to {cases}")
 
 
+@pytest.mark.parametrize(
+    ("kind", "number"),
+    [
+        ("files", 4003758),  # a migration was committed before the damage was found
+        ("arguments", 4003319),  # a mode of a hundred digits was shown in full
+    ],
+)
+def test_what_a_campaign_has_found_stays_mended(kind, number):
+    """Each case that was answered wrongly once, and its number."""
+    assert not fuzz.run(kind, number, number)
+
+
 def test_a_case_that_crashes_or_fails_is_told_by_its_number(monkeypatch):
     """The next ones are run all the same."""
     monkeypatch.setitem(fuzz.KINDS, "files", "no_such_module")
