@@ -141,7 +141,8 @@ def wait(
             if deadline is not None:
                 remaining = min(remaining, deadline - time.monotonic())
                 if remaining <= 0:
-                    raise DeadlineError("the wait's time is over")
+                    _run_out(waiter, leave if enroll else None)
+                    break
             if enroll:
                 ahead = horizon()
                 park(waiter, remaining if ahead is None else max(0.0, min(remaining, ahead)))
@@ -164,6 +165,17 @@ def wait(
             raise interrupt  # noqa: B904  # what it interrupted is its context
         raise
     return waiter.found
+
+
+def _run_out(waiter: Waiter, leave: Callable[[Waiter], None] | None) -> None:
+    """Raise DeadlineError, unless it was handed something until it left.
+
+    That is taken, though late: given back, it would be overtaken by what another taker was handed.
+    """
+    if leave is not None:
+        leave(waiter)
+    if waiter.found is MISSING:
+        raise DeadlineError("the wait's time is over")
 
 
 def nearer_end(seconds: float | None, context: Context | None) -> float | None:

@@ -1105,3 +1105,18 @@ def test_misuse_is_refused_before_anything_is_touched(what, verb, table, closed)
         assert type(raised.value) is kind
         assert what.split()[1] in str(raised.value)
         assert (space.keys(), space.len("k"), space.rdp("k")) == (["k"], 1, "there")
+
+
+def test_what_a_taker_is_handed_as_its_time_runs_out_is_not_overtaken(monkeypatch):
+    """It has it: given back, it would stand behind what the next taker was handed meanwhile."""
+    space = Local()
+    leave = space._leave
+
+    def late(keys, waiter):
+        if waiter.found is MISSING:
+            space.out("k", 1)  # between its last look and its leaving
+        leave(keys, waiter)
+
+    monkeypatch.setattr(space, "_leave", late)
+    assert space.in_("k", timeout=0.001) == 1
+    assert space.len("k") == 0
