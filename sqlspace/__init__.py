@@ -29,11 +29,12 @@ from .local import Local
 from .outbox import push_on
 from .records import Compaction, Entry, KeyStats, Stats, Tombstone
 from .rendezvous import call, serve
-from .space import Context, Space
+from .space import AsyncSpace, Context, Space
 from .store import Store, open
 from .transaction import Transaction
 
 __all__ = [
+    "AsyncSpace",
     "BackendError",
     "BusyError",
     "CanceledError",

@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from .arguments import check_timeout, kind
 
-__all__ = ["Context", "Space"]
+__all__ = ["AsyncSpace", "Context", "Space"]
 
 
 class Wakeable(Protocol):
@@ -89,6 +89,36 @@ class Space(Protocol):
 
     def close(self) -> None:
         """Close the space and end every wait with `ClosedError`; idempotent."""
+
+
+@runtime_checkable
+class AsyncSpace(Protocol):
+    """A `Space` for coroutines: the same verbs, awaited; any number of tasks may call them at once.
+
+    A wait is bounded by `asyncio.timeout`, and ended by the cancellation of its task. Whenever that
+    comes, nothing is lost: the verb has returned the entry, or it is in the space.
+    """
+
+    async def out(self, key: str, value: Any) -> None:
+        """As `Space.out`."""
+
+    async def in_(self, key: str) -> Any:
+        """As `Space.in_`, without a bound of its own."""
+
+    async def rd(self, key: str) -> Any:
+        """As `Space.rd`, without a bound of its own."""
+
+    async def inp(self, key: str, default: Any = None) -> Any:
+        """As `Space.inp`."""
+
+    async def rdp(self, key: str, default: Any = None) -> Any:
+        """As `Space.rdp`."""
+
+    async def len(self, key: str) -> int:
+        """As `Space.len`."""
+
+    async def close(self) -> None:
+        """As `Space.close`."""
 
 
 def check_context(context: object) -> None:
