@@ -239,7 +239,7 @@ class Committer:
         try:
             self.joined[thread] = []
             while not operation.finished:
-                self._enqueue(operation)
+                self.join(operation)
                 self._ensure_usable(operation)
                 if operation.awaits or self.leader is not None or self._is_behind(operation):
                     self._park(operation)
@@ -321,7 +321,7 @@ class Committer:
     def _has_seized(self, seizure: Seizure, held: list[Any], enter: Callable[[], bool]) -> bool:
         waits = self.leader is not None or self._is_behind(seizure)
         if waits and not seizure.granted:
-            self._enqueue(seizure)
+            self.join(seizure)
             return False
         held.extend(filter(_ACQUIRE, (self.lock,)))  # one C call: no Ctrl-C comes in between
         self.leader = threading.get_ident()
@@ -365,7 +365,7 @@ class Committer:
             self._turnstile = turnstile
             self.waiting = True
         operation.awaits = True
-        self._enqueue(operation)
+        self.join(operation)
         self._send()
         return False
 
@@ -402,7 +402,7 @@ class Committer:
 
     # -- the queue
 
-    def _enqueue(self, operation: Operation) -> None:
+    def join(self, operation: Operation) -> None:
         """Put it there, if it isn't; by its own thread."""
         if operation.latch is None:
             latch = threading.Lock()

@@ -77,7 +77,7 @@ class DurableSpace:
         Raises:
             ClosedError, StoreError: as `Store.push`.
         """
-        self._database.write(self.adding(key, value, ttl))
+        self._database.write(self._adding(key, value, ttl))
 
     def in_(self, key: str, timeout: float | None = None, *, context: Context | None = None) -> Any:
         """Take the head of `key`, waiting for one; raises as `Store.pull`.
@@ -88,21 +88,21 @@ class DurableSpace:
         """
         key = check_key(key)
         values: list[Any] = []
-        make = self.grabs(key, values)
+        make = self._grabs(key, values)
         try:
             taking.wait_and_grab(self._database, make, [key], timeout, context)
         except UnreadableError as error:
-            raise self.bury(error.head) from error.__cause__
+            raise self._bury(error.head) from error.__cause__
         return values[-1]
 
     def inp(self, key: str, default: Any = None) -> Any:
         """Take the head of `key`, or return `default`; never waits. Raises as `in_`."""
         values: list[Any] = []
-        grab = self.grabs(check_key(key), values)(None)
+        grab = self._grabs(check_key(key), values)(None)
         try:
             return values[-1] if grab.run() else default
         except UnreadableError as error:
-            raise self.bury(error.head) from error.__cause__
+            raise self._bury(error.head) from error.__cause__
 
     def rd(self, key: str, timeout: float | None = None, *, context: Context | None = None) -> Any:
         """Return the head of `key` and leave it there, waiting for one; raises as `Store.wait`.
@@ -110,7 +110,7 @@ class DurableSpace:
         Raises:
             DecodeError: The codec can't read the head, which stays.
         """
-        return wait(self.vigil_to_read(check_key(key)), timeout, context)
+        return wait(self._vigil_to_read(check_key(key)), timeout, context)
 
     def rdp(self, key: str, default: Any = None) -> Any:
         """Return the head of `key` and leave it there, or return `default`. Raises as `rd`."""
@@ -150,12 +150,12 @@ class DurableSpace:
 
     # -- what the verbs for coroutines share
 
-    def adding(self, key: str, value: Any, ttl: float | None) -> Push:
+    def _adding(self, key: str, value: Any, ttl: float | None) -> Push:
         """The operation that adds `value`."""
         key = check_key(key)
         return Push(key, check_payload(self._dumps(value), "what dumps returns"), ttl=ttl)
 
-    def grabs(self, key: str, values: list[Any]) -> Callable[[Waiter | None], taking.Grab]:
+    def _grabs(self, key: str, values: list[Any]) -> Callable[[Waiter | None], taking.Grab]:
         """Makes attempts to take the head, of the waiter each gets; decoded first, into `values`.
 
         They raise UnreadableError for one that must be buried.
@@ -171,7 +171,7 @@ class DurableSpace:
 
         return lambda waiter: taking.Grab(self._database, [key], waiter, accept)
 
-    def vigil_to_read(self, key: str) -> Vigil:
+    def _vigil_to_read(self, key: str) -> Vigil:
         """A vigil that finds the head's value."""
         absent = object()
 
@@ -190,7 +190,7 @@ class DurableSpace:
             return False
         return True
 
-    def bury(self, head: Head) -> DecodeError:
+    def _bury(self, head: Head) -> DecodeError:
         """Move what can't be read to the dead letters, if it still is there; the error to raise."""
         where = rules.dead_key(head.key)
         if where is None:

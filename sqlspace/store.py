@@ -22,7 +22,6 @@ from .arguments import (
     check_size,
     check_timeout,
     check_ttl_micros,
-    kind,
 )
 from .connection import Connection, Options
 from .database import Database
@@ -413,10 +412,7 @@ class Store:
             LeaseError: One of them is settled, or its lease is lost; nothing changed.
             ClosedError, StoreError: as `Delivery.ack`.
         """
-        if isinstance(deliveries, Delivery | memoryview) or not isinstance(deliveries, Iterable):
-            wanted = "an iterable of sqlspace.Delivery"
-            raise TypeError(f"deliveries must be {wanted}, not {kind(deliveries)}")
-        delivery.ack_many(self, self._database, list(deliveries))
+        self._database.write(delivery.ack_all(self, self._database, deliveries))
 
     def requeue(self, key: str) -> int:
         """Move the dead letters of `key` back to where they came from; how many.

@@ -183,7 +183,8 @@ class Grab(Operation):
     def undo(self, connection: Connection) -> None:
         """Put it back. Idempotent."""
         # If it was cut off just behind its one statement, it doesn't know yet.
-        got = self.got or (not self.whole and self.done and connection.changes())
+        cut_off = self.done and not self.finished and not self.whole
+        got = self.got or (cut_off and connection.changes())
         if got and not self.back:
             entries.put_back(self.back, connection, self.head)
 

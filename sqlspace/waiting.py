@@ -95,6 +95,10 @@ def surely(step: Callable[[], None]) -> BaseException | None:
             interrupt = error
 
 
+Steps = Iterator[Callable[[], object] | float]
+"""Of a wait: what to call, and the seconds to park."""
+
+
 class Vigil:
     """How one wait looks, leaves and gives back, and how it parks: all in which backends differ.
 
@@ -130,11 +134,11 @@ class Vigil:
 
     def steps(
         self, waiter: Waiter, deadline: float | None, context: Context | None, *, looked: bool
-    ) -> Iterator[Callable[[], object] | float]:
+    ) -> Steps:
         """What the wait does, one step after the other, until the waiter has found something.
 
-        A step is a function to call, or the seconds to park, at most, after asking for the horizon.
-        Whoever carries them out calls `end` when one raises, or when an interrupt cuts them off.
+        To be carried out by `advance`, with a park after each, until that says that it is over.
+        When it raises, or when an interrupt cuts it off, `end` must follow.
 
         Args:
             waiter: Of this wait.
@@ -167,6 +171,15 @@ class Vigil:
             enroll = True
         if enroll:
             yield partial(self.leave, waiter)
+
+    def advance(self, steps: Steps) -> float | None:
+        """Carry out the steps up to the next park; its seconds, at most, or None: it is over."""
+        for step in steps:
+            if not callable(step):
+                ahead = self.horizon()
+                return step if ahead is None else max(0.0, min(step, ahead))
+            step()
+        return None
 
     def end(self, waiter: Waiter) -> None:
         """Undo all that a wait has done. Idempotent."""
@@ -217,13 +230,9 @@ def wait(
     return waiter.found
 
 
-def _carry_out(vigil: Vigil, waiter: Waiter, steps: Iterator[Callable[[], object] | float]) -> None:
-    for step in steps:
-        if callable(step):
-            step()
-        else:
-            ahead = vigil.horizon()
-            vigil.park(waiter, step if ahead is None else max(0.0, min(step, ahead)))
+def _carry_out(vigil: Vigil, waiter: Waiter, steps: Steps) -> None:
+    while (seconds := vigil.advance(steps)) is not None:
+        vigil.park(waiter, seconds)
 
 
 def nearer_end(seconds: float | None, context: Context | None) -> float | None:

@@ -359,7 +359,7 @@ MUTANTS = [
     _mutant(
         "a-pull-is-not-put-back",
         "an entry that Ctrl-C struck behind its one statement is gone",
-        "got = self.got or (not self.whole and self.done and connection.changes())",
+        "got = self.got or (cut_off and connection.changes())",
         "got = self.got",
         "store::an_interrupted_call_did_nothing",
     ),
