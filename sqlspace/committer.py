@@ -232,7 +232,7 @@ class Committer:
             finally:
                 self.leader = None
         if self.queue:
-            self._wake_first()
+            self.wake_first()
 
     def _join(self, operation: Operation, thread: int) -> None:
         """Wait in the queue until it is finished, leading when nobody else does."""
@@ -289,7 +289,7 @@ class Committer:
         if operation.done and operation.finished:
             self._file.undo(operation)
         self.joined.pop(thread, None)
-        self._wake_first()
+        self.wake_first()
 
     def seize(self, seizure: Seizure, held: list[Any], enter: Callable[[], bool]) -> None:
         """Take the lock and the turnstile, until `release`, which must follow even if this raises.
@@ -353,7 +353,7 @@ class Committer:
             self.leader = None
             del held[:]
             lock.release()
-        self._wake_first()
+        self.wake_first()
 
     # -- with the lock
 
@@ -420,7 +420,7 @@ class Committer:
             return False
         return True
 
-    def _wake_first(self) -> None:
+    def wake_first(self) -> None:
         """Wake the first that may lead."""
         for each in list(self.queue):
             if not each.awaits:
@@ -454,7 +454,7 @@ class Committer:
                 entered = self._turnstile.wait()
                 with self.lock:
                     self._serve(entered=entered)
-                self._wake_first()
+                self.wake_first()
 
     def _is_closed(self) -> bool:
         return self._closed

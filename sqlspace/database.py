@@ -209,6 +209,7 @@ class Database:
                     self._commits.take_all_back([operation], self._session, committed=True)
             finally:
                 committer.leader = None
+        committer.wake_first()  # it may have come while somebody led
 
     def _seize(self, held: list[Any]) -> Session:
         """Go in alone, until `end`."""

@@ -87,6 +87,8 @@ class Delivery:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if kind is GeneratorExit:  # thrown away unfinished: nothing can be awaited
+            return  # nobody renews it any more, so it comes back when its lease is over
         try:
             if self._sync._settled:  # one piece with it
                 return

@@ -79,8 +79,8 @@ class Engine:
         self._closed = False
         self._ear = Waiter()
         self._listener: threading.Thread | None = None
-        self._waits = 0
-        self._lock = threading.Lock()  # of the threads and the count of waits; never held for long
+        self._waits: dict[Vigil, None] = {}
+        self._lock = threading.Lock()  # of the start and the end of threads
 
     def forget(self) -> None:
         """In a forked child: the threads, and those whose work they do, are the parent's."""
@@ -95,15 +95,14 @@ class Engine:
 
     async def wait(self, vigil: Vigil, *, looked: bool = False) -> Any:
         """Wait at the doorbell until something is found, and return that."""
-        with self._lock:
-            self._waits += 1
-            if self._listener is None:
-                self._listener = _start(self._listen, "sqlspace-aio-ear")
+        self._waits[vigil] = None
         try:
+            with self._lock:
+                if self._listener is None:
+                    self._listener = _start(self._listen, "sqlspace-aio-ear")
             return await wait(vigil, self.call, looked=looked)
         finally:
-            with self._lock:
-                self._waits -= 1
+            del self._waits[vigil]
 
     async def take(
         self,
@@ -141,9 +140,12 @@ class Engine:
             await job.future
         except BaseException as error:
             if not self._withdraw(job):
-                undo = _Job(operation, job.loop, undoes=True)  # it comes behind the job
-                self._submit(undo)
-                if not isinstance(error, GeneratorExit):  # nobody can await it, so nobody does
+                undo = _Job(operation, job.loop, undoes=True)
+                self._jobs.append(undo)  # behind the job
+                self._call_worker()
+                # If it was thrown away unfinished, nothing can be awaited. That may have been by
+                # the garbage collector, in the middle of anything: so no lock was waited for.
+                if not isinstance(error, GeneratorExit):
                     await to_the_end(undo.future)
             raise
         if operation.error is not None:
@@ -154,7 +156,10 @@ class Engine:
             self._jobs.append(job)
             if self._worker is None:
                 self._worker = _start(self._work, "sqlspace-aio")
-        with contextlib.suppress(RuntimeError):  # it is released already
+        self._call_worker()
+
+    def _call_worker(self) -> None:
+        with contextlib.suppress(RuntimeError):  # it was called already
             self._go.release()
 
     def _withdraw(self, job: _Job) -> bool:
@@ -230,8 +235,7 @@ class Engine:
         """Let the threads go, when they have done what there is."""
         self._closed = True
         self._ear.wake()
-        with contextlib.suppress(RuntimeError):
-            self._go.release()
+        self._call_worker()
 
 
 def _start(run: Callable[[], None], name: str) -> threading.Thread:

@@ -4,11 +4,11 @@ What was begun is brought to its end before a cancellation goes on, for what it 
 back; so it is never awaited bare.
 """
 
+import _thread
 import asyncio
 import contextlib
 import threading
 from collections.abc import Awaitable, Callable
-from functools import partial
 from typing import Any, TypeVar
 
 from sqlspace.waiting import Vigil, Waiter
@@ -32,28 +32,46 @@ async def wait(vigil: Vigil, run: Run, *, looked: bool = False) -> Any:
         with lock:
             return None if over else vigil.advance(steps)
 
-    try:
-        while (seconds := await run(advance)) is not None:
-            await _sleep(waiter, seconds)
-    except GeneratorExit:  # thrown away unfinished, perhaps with its loop: nothing can be awaited
+    def end() -> None:
+        nonlocal over
         with lock:
             over = True
             vigil.end(waiter)
+
+    def abandon() -> None:
+        with contextlib.suppress(RuntimeError):  # the interpreter ends
+            _thread.start_new_thread(end, ())
+
+    try:
+        while (seconds := await run(advance)) is not None:
+            await _sleep(waiter, seconds, abandon)
+    except GeneratorExit:
+        # Thrown away unfinished, so nothing can be awaited; and perhaps by the garbage collector in
+        # the middle of anything, so no lock can be waited for.
+        abandon()
         raise
     except BaseException:
-        await to_the_end(run(partial(vigil.end, waiter)))
+        await to_the_end(run(end))
         raise
     return waiter.found
 
 
-async def _sleep(waiter: Waiter, seconds: float) -> None:
-    """Until woken, from any thread, or until the time is over."""
+async def _sleep(waiter: Waiter, seconds: float, abandon: Callable[[], None]) -> None:
+    """Until woken, from any thread, or until the time is over.
+
+    Args:
+        waiter: That of a wait.
+        seconds: How long, at most.
+        abandon: Called if it is woken when its loop is closed: somebody else must hear that.
+    """
     loop = asyncio.get_running_loop()
     woken = asyncio.Event()
 
     def nudge() -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed
+        try:
             loop.call_soon_threadsafe(woken.set)
+        except RuntimeError:  # it is closed
+            abandon()
 
     waiter.listen(nudge)
     timer = loop.call_later(seconds, woken.set)

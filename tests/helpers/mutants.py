@@ -409,7 +409,7 @@ MUTANTS = [
     _mutant(
         "who-led-wakes-nobody",
         "who joined while another led sleeps until its deadline",
-        "        if self.queue:\n            self._wake_first()\n",
+        "        if self.queue:\n            self.wake_first()\n",
         "",
         "committer::all_who_wait_for_the_writer_share_one_commit",
     ),
