@@ -38,7 +38,7 @@ from .taking import Claim, Grab
 from .transaction import Transaction
 from .waiting import Waiter
 
-__all__ = ["Store", "open", "open_existing"]
+__all__ = ["Store", "checked_keys", "checked_lease", "open", "open_existing"]
 
 
 class Store:
@@ -316,8 +316,8 @@ class Store:
             ClosedError, CanceledError, DeadlineError: asked for in this order; nothing was leased.
             StoreError: nothing was leased, unless it is an UndecidedError.
         """
-        keys = _checked_keys(key_or_keys)
-        wanted = _checked_lease(keys, lease, max_attempts, ordered)
+        keys = checked_keys(key_or_keys)
+        wanted = checked_lease(keys, lease, max_attempts, ordered)
         looked = context is None and bool(timeout is None or check_timeout(timeout))
         if looked:
             claim = Claim(self._database, keys, wanted, self._deliver)  # as in pull
@@ -343,8 +343,8 @@ class Store:
         ordered: bool = False,
     ) -> Delivery | None:
         """As `claim`, or None if no entry is ready; never waits for one."""
-        keys = _checked_keys(key_or_keys)
-        wanted = _checked_lease(keys, lease, max_attempts, ordered)
+        keys = checked_keys(key_or_keys)
+        wanted = checked_lease(keys, lease, max_attempts, ordered)
         claim = Claim(self._database, keys, wanted, self._deliver)
         return claim.delivery if claim.run() else None
 
@@ -360,9 +360,9 @@ class Store:
 
         Never waits; otherwise as `claim`. Fewer, or none, if there aren't so many.
         """
-        keys = _checked_keys(key_or_keys)
+        keys = checked_keys(key_or_keys)
         limit = _checked_limit(limit)
-        wanted = _checked_lease(keys, lease, max_attempts, ordered=False)
+        wanted = checked_lease(keys, lease, max_attempts, ordered=False)
         return taking.claim_many(self._database, keys, limit, wanted, self._deliver)
 
     def consume(
@@ -379,8 +379,8 @@ class Store:
         Each is the caller's to settle, so the loop's first line is mostly `with delivery:`. An
         exception that leaves that block gives the entry back, and ends the loop, too.
         """
-        keys = _checked_keys(key_or_keys)
-        _checked_lease(keys, lease, max_attempts, ordered)
+        keys = checked_keys(key_or_keys)
+        checked_lease(keys, lease, max_attempts, ordered)
         check_context(context)
 
         def deliveries() -> Iterator[Delivery]:
@@ -705,18 +705,18 @@ def open_existing(
     )
 
 
-def _checked_keys(key_or_keys: object) -> list[str]:
+def checked_keys(key_or_keys: object, argument: str = "key_or_keys") -> list[str]:
     """One key, or several."""
     if isinstance(key_or_keys, str):
-        return [check_key(key_or_keys, "key_or_keys")]
-    return check_keys(key_or_keys, "key_or_keys")
+        return [check_key(key_or_keys, argument)]
+    return check_keys(key_or_keys, argument)
 
 
 def _checked_limit(limit: object) -> int:
     return min(check_int(limit, "limit", 1), 1 << 62)
 
 
-def _checked_lease(keys: list[str], lease: object, max_attempts: object, ordered: object) -> Lease:
+def checked_lease(keys: list[str], lease: object, max_attempts: object, ordered: object) -> Lease:
     """What a claim wants."""
     micros = check_lease_micros(lease)
     flag = check_flag(ordered, "ordered")

@@ -9,6 +9,7 @@ What a call has committed when an interrupt reaches it, it takes back: a call th
 nothing.
 """
 
+import bisect
 import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -308,7 +309,7 @@ def take_up_to(connection: Connection, key: str, limit: int) -> tuple[list[Head]
 def claim_many(
     database: Database, keys: list[str], limit: int, wanted: Lease, deliver: Callable[[Grant], D]
 ) -> list[D]:
-    """Lease up to `limit` entries in one transaction."""
+    """Lease up to `limit` entries in one transaction; ordered, those of a key that nothing bars."""
     grants: list[Grant] = []
     deliveries: list[D] = []
 
@@ -320,6 +321,8 @@ def claim_many(
             left = limit - len(grants)
             rings += caught_up(connection, key, now, left)
             found = entries.heads(connection, key, now, left)
+            if wanted.ordered:  # whatever bars one bars all that are behind it
+                del found[_barred_from(connection, key, found, now) :]
             grants.extend(entries.lease_all(connection, found, now, wanted))
             if len(grants) == limit:
                 break
@@ -330,8 +333,18 @@ def claim_many(
         for grant in grants:
             entries.unlease(connection, grant)
 
-    database.transact(step, probe=lambda connection: any_ready(connection, keys), undo=undo)
+    def probe(connection: Connection) -> bool:
+        return any_ready(connection, keys, ordered=wanted.ordered)
+
+    database.transact(step, probe=probe, undo=undo)
     return deliveries
+
+
+def _barred_from(connection: Connection, key: str, found: Sequence[Head], now: int) -> int:
+    """Of heads of a key, the index of the first that an earlier entry bars."""
+    return bisect.bisect_left(
+        found, 1, key=lambda head: int(entries.blocked(connection, key, head.seq, now))
+    )
 
 
 def caught_up(connection: Connection, key: str, now: int, limit: int) -> list[str]:
@@ -341,10 +354,16 @@ def caught_up(connection: Connection, key: str, now: int, limit: int) -> list[st
     return ageing.catch_up(connection, key, now, max(limit, ageing.BATCH_ROWS))
 
 
-def any_ready(connection: Connection, keys: Iterable[str]) -> bool:
-    """Whether there is something to take, or to catch up with."""
+def any_ready(connection: Connection, keys: Iterable[str], *, ordered: bool = False) -> bool:
+    """Whether there is something to take, in its turn if it is ordered, or to catch up with."""
     now = clock.now()
-    return any(entries.look(connection, key, now) != (None, False) for key in keys)
+    for key in keys:
+        head, late = entries.look(connection, key, now)
+        if late:
+            return True
+        if head is not None and not (ordered and entries.blocked(connection, key, head.seq, now)):
+            return True
+    return False
 
 
 # -- waiting

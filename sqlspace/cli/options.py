@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from sqlspace import rules
+from sqlspace import programs, rules
 from sqlspace.arguments import (
     check_delay_micros,
     check_key,
@@ -254,7 +254,7 @@ def leasing(command: Callable[..., None]) -> Callable[..., None]:
             # Without the dashes, options of theirs that are also ours would be taken for ours.
             if len(argv) > click.get_current_context().meta["sqlspace.dashes"]:
                 raise click.UsageError("COMMAND stands after --")
-            running.check_program(argv[0])
+            programs.check_program(argv[0])
             if max_attempts is not None and rules.dead_key(key) is None:
                 raise click.UsageError("--max-attempts needs a shorter KEY, for its KEY/dead")
             retry_delay = 1.0 if retry_delay is None else retry_delay
