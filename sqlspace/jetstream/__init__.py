@@ -1,0 +1,1 @@
+"""A `Space` in a NATS server: JetStream, and AsyncJetStream for coroutines."""
