@@ -51,7 +51,7 @@ STORE_FAILED = 10077  # a full stream, above all; trying again doesn't help
 WRONG_LAST_SEQUENCE = 10071
 _CLAIM_UNDER_WAY = 10164  # a wrong last sequence too, of what is being written just now
 _DUPLICATE_UNDER_WAY = 10158
-_DUPLICATE_IN_BATCH = 10201
+DUPLICATE_IN_BATCH = 10201
 _NO_BATCHES = 10174
 _DELETE_FAILED = 10057
 _NOT_THERE = frozenset({"no message found", "stream store EOF"})  # EOF: beyond the last
@@ -418,16 +418,29 @@ class Link:
         for start in range(0, len(messages), BATCH):
             await self._publish_batch(messages[start : start + BATCH], doing)
 
+    async def publish_batch(self, messages: Sequence[Outgoing], *, doing: str = "publish") -> int:
+        """Have a stream store up to `BATCH` messages as one, or none; the seq of the last one.
+
+        Raises:
+            BackendError: nobody answered, or the stream is full.
+            RefusedError: the server said no for another reason. If an answer was lost before, it
+                may be that all of them are there.
+        """
+        try:
+            return await self.request(
+                functools.partial(self._send_batch, messages), _seq, doing, writes=True
+            )
+        except RefusedError as error:
+            if error.number == STORE_FAILED:
+                raise BackendError(f"{doing}: {error}; nothing was written") from error
+            raise
+
     async def _publish_batch(self, messages: Sequence[Outgoing], doing: str) -> None:
         if len(messages) > 1:
             try:
-                await self.request(
-                    functools.partial(self._send_batch, messages), _seq, doing, writes=True
-                )
+                await self.publish_batch(messages, doing=doing)
             except RefusedError as error:
-                if error.number == STORE_FAILED:
-                    raise BackendError(f"{doing}: {error}; nothing was written") from error
-                if error.number not in {_DUPLICATE_IN_BATCH, _NO_BATCHES}:
+                if error.number not in {DUPLICATE_IN_BATCH, _NO_BATCHES}:
                     raise
             else:
                 return

@@ -1,0 +1,376 @@
+"""Where `sqlspace.forward` sends to when that is a JetStream: each entry is there once.
+
+The law: with the entries of a batch goes a *position*, the only message of a subject that belongs
+to this file and this key. It names all entries that are in the stream and may still be in the
+store, and one write of the server brings both: an atomic batch, which the server refuses if the
+position isn't the one that we knew. So whoever goes on, after a crash of this process or of the
+server, after a wait for an answer that never came, or beside another forwarder that stood still and
+comes back, reads the position first and knows what not to send.
+
+It names them one by one, by seq and time of the push. The last seq alone would not do: an entry
+that was delayed goes out after later ones, and a file that was restored from a backup gives seqs
+once more; both would be taken for sent, and lost. Nor would the server's own memory of message ids
+(`duplicate_window`), which lasts for minutes.
+
+A name leaves the position when its entry has left the store.
+"""
+
+import asyncio
+import concurrent.futures
+import contextlib
+import threading
+from collections.abc import Coroutine, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+from sqlspace import clock, delivery
+from sqlspace.arguments import check_timeout
+from sqlspace.delivery import Delivery
+from sqlspace.errors import BackendError, ClosedError, LeaseError
+from sqlspace.store import Store
+
+from . import headers, link
+from .link import Link, Outgoing, RefusedError
+from .subjects import Subjects
+
+__all__ = ["Endpoint"]
+
+T = TypeVar("T")
+
+_MOST = link.BATCH - 1  # beside the position
+_TRIES = 100  # others can't be faster so often in a row
+_RENEW_AT = 3  # at this part of a lease
+_HURRY_SECONDS = 1.0  # what is under way has so long to end, when it is to
+_HEADER_BYTES = 1024  # of ours in a message, at most
+
+
+class Endpoint:
+    """A JetStream as the endpoint of `sqlspace.forward`: `JetStream.in_` takes what was sent.
+
+    It connects when there is something to send, so nothing is raised here while the server is down.
+
+    Each entry is in the stream once, whatever is killed, however long anything takes, and with any
+    number of forwarders: the server must be 2.12 or later, and the stream have `allow_atomic`, as
+    one that is made here has. With others an entry is sent again, if this process or the server
+    dies, and more than the stream's `duplicate_window` passes until the forwarding goes on; and
+    they get one entry at a time, for several under way could change places.
+
+    It holds of a store that keeps its commits: with `sync=False` a power cut may bring back entries
+    that were sent, and so does a file that is restored from a backup.
+
+    Entries go out as they are, with their headers, under the `Nats-Msg-Id` FILE/SEQ/PUSHED of
+    `Delivery.id`. What is left of their time to live goes with them.
+
+    Args:
+        servers: A URL, or several.
+        stream: Made if it isn't there, as `JetStream` makes it.
+        patience: Seconds until a server that doesn't answer counts as down.
+        connect: For `nats.connect`: user, password, token, user_credentials, tls …
+    """
+
+    def __init__(
+        self,
+        servers: str | list[str] = "nats://127.0.0.1:4222",
+        *,
+        stream: str = "sqlspace",
+        patience: float = 5.0,
+        **connect: Any,
+    ) -> None:
+        self.servers = servers
+        self.stream = stream
+        self._subjects = Subjects(stream)
+        seconds = check_timeout(patience, "patience")
+        if not seconds:
+            raise ValueError("patience must be more than 0 seconds and finite")
+        self._patience = seconds
+        self._connect = connect
+
+    def _sender(self, store: Store) -> "_Sender":
+        return _Sender(store, self._subjects, self._new_link)
+
+    def _new_link(self) -> Link:
+        return Link(self.servers, self._patience, dict(self._connect))
+
+    def __repr__(self) -> str:
+        return f"<sqlspace.jetstream.Endpoint {self.stream!r}>"
+
+
+class _Position(NamedTuple):
+    """What is in the stream and may be in the store."""
+
+    seq: int
+    """Of its message; 0: there is none."""
+    names: frozenset[str]
+
+
+class _Stream(NamedTuple):
+    """A connection, and what its stream can do."""
+
+    link: Link
+    batches: bool
+    expires: bool
+
+
+class Loop:
+    """An event loop in a thread of its own, for those that are called from others."""
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._lock = threading.Lock()
+
+    def submit(self, coroutine: Coroutine[Any, Any, T]) -> "concurrent.futures.Future[T]":
+        """Run it there."""
+        with self._lock:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                threading.Thread(
+                    target=self._run, args=(self._loop,), name="sqlspace-nats", daemon=True
+                ).start()
+            return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    @staticmethod
+    def _run(loop: asyncio.AbstractEventLoop) -> None:
+        try:
+            loop.run_forever()
+        finally:
+            loop.close()
+
+    def call(self, function: Any, *arguments: Any) -> None:
+        """Call it there soon, if there is a thread; from anywhere, a signal's handler included."""
+        loop = self._loop
+        if loop is not None:
+            with contextlib.suppress(RuntimeError):  # it is closed
+                loop.call_soon_threadsafe(function, *arguments)
+
+    def close(self) -> None:
+        """Have the thread end."""
+        with self._lock:
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(self._loop.stop)
+                self._loop = None
+
+
+class _Sender:
+    """Sends for one forwarder; all that touches the network runs in one loop."""
+
+    most = _MOST
+
+    def __init__(self, store: Store, subjects: Subjects, new_link: Any) -> None:
+        self._store = store
+        self._database = store._database  # noqa: SLF001  # it is a worker of the store's own
+        self._file_id = self._database.file_id
+        self._subjects = subjects
+        self._new_link = new_link
+        self._loop = Loop()
+        self._opening: asyncio.Task[_Stream] | None = None
+        self._sending: set[asyncio.Task[int]] = set()
+        self._positions: dict[str, _Position] = {}  # known for certain; each key has one sender
+
+    # -- for the forwarder, from its threads
+
+    def send(self, batch: Sequence[Delivery]) -> int:
+        sending = self._loop.submit(self._noted(batch))
+        lease = batch[0]._grant.micros / 1e6  # noqa: SLF001
+        while True:
+            try:
+                return sending.result(lease / _RENEW_AT)
+            except concurrent.futures.TimeoutError:
+                if sending.done():  # it is an error of its own
+                    raise
+            try:
+                delivery.extend_many(self._database, batch)
+            except (LeaseError, ClosedError):
+                # To go on would be right, for the position tells; but it would be in vain.
+                sending.cancel()
+                raise
+
+    def acked(self, batch: Sequence[Delivery]) -> None:
+        key = batch[0].key
+        known = self._positions.get(key)
+        if known is not None:
+            self._positions[key] = known._replace(names=known.names.difference(map(_name, batch)))
+
+    def stop(self, *, force: bool) -> None:
+        self._loop.call(self._cancel if force else self._hurry)
+
+    def close(self) -> None:
+        if self._opening is not None:
+            with contextlib.suppress(concurrent.futures.TimeoutError):
+                self._loop.submit(self._disconnect()).result(_HURRY_SECONDS)
+        self._loop.close()
+
+    # -- in the loop
+
+    def _hurry(self) -> None:
+        opening = self._opening
+        open_ = opening is not None and opening.done() and not opening.exception()
+        if opening is not None and open_ and opening.result().link.connected:
+            asyncio.get_running_loop().call_later(_HURRY_SECONDS, self._cancel)
+        else:
+            self._cancel()
+
+    def _cancel(self) -> None:
+        for task in self._sending:
+            task.cancel()
+
+    async def _disconnect(self) -> None:
+        opening, self._opening = self._opening, None
+        if opening is not None:
+            opening.cancel()
+            await asyncio.wait([opening])
+            if not opening.cancelled() and not opening.exception():
+                await opening.result().link.close()
+
+    async def _stream(self) -> _Stream:
+        """The connection; made once for all that ask for it, and again if that failed."""
+        if self._opening is None or (self._opening.done() and self._opening.exception()):
+            self._opening = asyncio.get_running_loop().create_task(self._open())
+        return await asyncio.shield(self._opening)
+
+    async def _open(self) -> _Stream:
+        connection: Link = self._new_link()
+        await connection.open()
+        try:
+            info = await connection.ensure_stream(stream_config(self._subjects))
+            config = info["config"]
+            for needed in (self._subjects.all_entries, self._subjects.all_positions):
+                if needed not in config["subjects"]:
+                    raise BackendError(
+                        f"the stream {config['name']} has no subject {needed}; nothing was sent"
+                    )
+        except BaseException:
+            await connection.close()
+            raise
+        return _Stream(
+            connection, config.get("allow_atomic", False), config.get("allow_msg_ttl", False)
+        )
+
+    async def _noted(self, batch: Sequence[Delivery]) -> int:
+        task = asyncio.current_task()
+        assert task is not None
+        self._sending.add(task)
+        try:
+            return await self._send(batch)
+        except BaseException as error:
+            # Whatever has become of it, the position tells.
+            self._positions.pop(batch[0].key, None)
+            if isinstance(error, BackendError):  # the stream may be gone, or be another by now
+                await self._disconnect()
+            raise
+        finally:
+            self._sending.discard(task)
+
+    async def _send(self, batch: Sequence[Delivery]) -> int:
+        stream = await self._stream()
+        key = batch[0].key
+        entries = {_name(entry): entry for entry in batch}
+        for _ in range(_TRIES):
+            known = self._positions.get(key)
+            if known is None:
+                known = await self._read(stream, key, entries)
+            new = [entry for name, entry in entries.items() if name not in known.names]
+            if not new or new[0] is not batch[0]:  # first those that are there leave the store
+                return batch.index(new[0]) if new else len(batch)
+            messages = self._messages(stream, new)
+            new = new[: len(messages)]
+            names = known.names.union(map(_name, new))
+            position = Outgoing(
+                self._subjects.position(self._file_id, key),
+                "\n".join(sorted(names)).encode(),
+                stream.link.new_id(),
+                {
+                    "Nats-Rollup": "sub",
+                    "Nats-Expected-Last-Subject-Sequence": str(known.seq),
+                },
+            )
+            try:
+                seq = await self._publish(stream, [*messages, position])
+            except RefusedError as error:
+                self._positions.pop(key, None)
+                if error.number == link.WRONG_LAST_SEQUENCE:
+                    continue  # another was faster; or it was us, and the answer got lost
+                raise BackendError(f"forward {key!a}: {error}; nothing was sent") from error
+            self._positions[key] = _Position(seq, names)
+            return len(new)
+        raise BackendError(f"forward {key!a}: others send the same all the time")
+
+    async def _read(self, stream: _Stream, key: str, entries: dict[str, Delivery]) -> _Position:
+        """The position as it stands in the stream, less what has left the store since."""
+        found = await stream.link.last_message(
+            self._subjects.entries,
+            self._subjects.position(self._file_id, key),
+            doing=f"forward {key!a}",
+        )
+        if found is None:
+            return _Position(0, frozenset())
+        names = found.payload.decode(errors="replace").split("\n")
+        held = (name for name in names if name in entries or self._is_held(key, name))
+        return _Position(found.seq, frozenset(held))
+
+    def _is_held(self, key: str, name: str) -> bool:
+        seq, _, pushed_at = name.partition("/")
+        if not (seq.isdecimal() and pushed_at.isdecimal()):
+            return False
+        entry = self._store.get(key, max(1, int(seq)))
+        return entry is not None and round(entry.pushed_at * 1e6) == int(pushed_at)
+
+    def _messages(self, stream: _Stream, new: Sequence[Delivery]) -> list[Outgoing]:
+        """Of entries, up to the first that the server would never take.
+
+        Raises:
+            ValueError: that is the first.
+        """
+        subject = self._subjects.entry(new[0].key)
+        now = clock.now()
+        messages: list[Outgoing] = []
+        for entry in new:
+            own = headers.carried(entry.headers)
+            expires_at = entry._grant.head.expires_at  # noqa: SLF001
+            if expires_at is not None:
+                own |= headers.lifetime(expires_at / 1e6, now / 1e6, told=stream.expires)
+            size = len(entry.payload) + _HEADER_BYTES
+            if own:
+                size += sum(len(name) + len(value) + 4 for name, value in own.items())
+            if size > stream.link.max_payload:
+                if messages:
+                    break
+                raise ValueError(
+                    f"with its headers it is {size:,} bytes, and the server takes messages of at "
+                    f"most {stream.link.max_payload:,}"
+                )
+            message_id = f"{self._file_id}/{_name(entry)}"
+            messages.append(Outgoing(subject, entry.payload, message_id, own))
+        return messages
+
+    async def _publish(self, stream: _Stream, messages: list[Outgoing]) -> int:
+        """Publish entries and position; the position's seq."""
+        doing = "forward"
+        if stream.batches:
+            try:
+                return await stream.link.publish_batch(messages, doing=doing)
+            except RefusedError as error:
+                if error.number != link.DUPLICATE_IN_BATCH:
+                    raise
+        # Some may be there already, by their message ids; or there are no batches.
+        for subject, payload, message_id, own in messages:
+            seq = await stream.link.publish(
+                subject, payload, headers=own, message_id=message_id, doing=doing
+            )
+        return seq
+
+
+def stream_config(subjects: Subjects) -> dict[str, Any]:
+    """Of the stream of the entries."""
+    return {
+        "name": subjects.entries,
+        "subjects": [subjects.all_entries, subjects.all_positions],
+        "discard": "new",
+        "allow_direct": True,
+        "allow_atomic": True,
+        "allow_msg_ttl": True,
+        "allow_rollup_hdrs": True,
+    }
+
+
+def _name(entry: Delivery) -> str:
+    """What a position calls an entry."""
+    return f"{entry.seq}/{entry._grant.head.pushed_at}"  # noqa: SLF001
