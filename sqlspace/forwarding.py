@@ -19,7 +19,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -47,6 +48,8 @@ _PARK_SECONDS = 5.0
 # Of payloads in a batch, which stand in memory here and at the endpoint.
 _BATCH_BYTES = 4 << 20
 _FIRST_BATCH = 64  # while it isn't known how large they are
+_TURNS = 16  # batches of one key in a row, while others wait for a thread
+_RENEW_AT = 3  # at this part of a lease
 
 
 class Sender(Protocol):
@@ -55,10 +58,10 @@ class Sender(Protocol):
     most: int
     """So many entries it takes at once."""
 
-    def send(self, batch: Sequence[Delivery]) -> int:
+    def send(self, batch: Sequence[Delivery]) -> Future[int]:
         """Send entries of one key, in order; how many of them, from the first on, arrived.
 
-        That is one at least: if the first can't be sent, it raises whatever it likes.
+        That is one at least: if the first can't be sent, it is whatever exception it likes.
         """
 
     def acked(self, batch: Sequence[Delivery]) -> None:
@@ -277,10 +280,7 @@ class Forwarder:
 
         def look(waiter: Waiter, _: bool) -> None:
             for key in keys:
-                limit = min(self.routes[key].limit, self._sender.most)
-                deliver = self._store._deliver  # noqa: SLF001
-                found = taking.claim_many(self._database, [key], limit, self._wanted, deliver)
-                if found:
+                if found := self._claim_now(key):
                     waiter.found = found
                     return
             if self._drains and not any(browsing.has_live(self._database, key) for key in keys):
@@ -292,36 +292,83 @@ class Forwarder:
         return found
 
     def _attend(self, batch: list[Delivery]) -> None:
+        """Send it, and what stands behind it, for a while."""
+        for turn in range(_TURNS, 0, -1):
+            route = self._measured(batch)
+            sending = self._sender.send(batch)
+            ahead: list[Delivery] = []
+            try:
+                if turn > 1 and len(batch) > 1:  # while it is under way
+                    ahead = self._claim_behind(batch)
+                sent = self._awaited(sending, [*batch, *ahead])
+            except Exception as error:  # noqa: BLE001  # whatever it is, the endpoint is down
+                self._failed([*batch, *ahead], route, error)
+                return
+            except BaseException:
+                delivery.give_back(self._database, [*batch, *ahead])
+                raise
+            self._arrived(batch[:sent], route)
+            if sent < len(batch):
+                delivery.give_back(self._database, [*batch[sent:], *ahead])
+                return
+            if not ahead:
+                return
+            batch = ahead
+
+    def _measured(self, batch: list[Delivery]) -> Route:
+        """Its key's route, after a look at how large a batch may be."""
         route = self.routes[batch[0].key]
         size = sum(len(each.payload) for each in batch) // len(batch)
         route.limit = max(1, min(2 * route.limit, self._sender.most, _BATCH_BYTES // max(size, 1)))
-        try:
-            sent = self._sender.send(batch)
-        except Exception as error:  # noqa: BLE001  # whatever it is, the endpoint is down
-            self._failed(batch, route, error)
-            return
-        except BaseException:
-            delivery.give_back(self._database, batch)
-            raise
+        return route
+
+    def _claim_behind(self, batch: list[Delivery]) -> list[Delivery]:
+        own = {each._grant.token for each in batch}  # noqa: SLF001  # they are one piece
+        return self._claim_now(batch[0].key, own)
+
+    def _claim_now(self, key: str, own: Container[bytes] = ()) -> list[Delivery]:
+        return taking.claim_many(
+            self._database,
+            [key],
+            min(self.routes[key].limit, self._sender.most),
+            self._wanted,
+            self._store._deliver,  # noqa: SLF001
+            own=own,
+        )
+
+    def _awaited(self, sending: Future[int], held: list[Delivery]) -> int:
+        """What it comes to, while leases are renewed."""
+        while True:
+            try:
+                return sending.result(self._wanted.micros / 1e6 / _RENEW_AT)
+            except TimeoutError:
+                if sending.done():  # an error of its own
+                    raise
+            try:
+                delivery.extend_many(self._database, held)
+            except BaseException:
+                sending.cancel()
+                raise
+
+    def _arrived(self, sent: list[Delivery], route: Route) -> None:
         if route.failure:
-            log.info("%a: entries are sent again, from %d on", batch[0].key, batch[0].seq)
+            log.info("%a: entries are sent again, from %d on", sent[0].key, sent[0].seq)
             route.failure = ""
-        route.sent += sent
+        route.sent += len(sent)
         try:
             # The function may have settled it by itself.
-            self._store.ack_many(each for each in batch[:sent] if not each._settled)  # noqa: SLF001
+            self._store.ack_many(each for each in sent if not each._settled)  # noqa: SLF001
         except LeaseError as error:  # this process stood still; whoever has it now sends it, too
             log.warning("%s, though it was sent", error)
         else:
-            self._sender.acked(batch[:sent])
-        if sent < len(batch):
-            delivery.give_back(self._database, batch[sent:])
+            self._sender.acked(sent)
 
     def _failed(self, batch: list[Delivery], route: Route, error: Exception) -> None:
         first = batch[0]
         if self._context.canceled:  # not its own fault
             delivery.give_back(self._database, batch)
             return
+        route.limit = 1  # a large batch may have no room where a small one has
         pause = self._pause(first.attempts, error)
         route.failure = str(error) or kind(error)
         route.retry_at = time.time() + pause
@@ -378,14 +425,19 @@ class _Function:
         self._renewals = store._renewals  # noqa: SLF001
         self._function = function
 
-    def send(self, batch: Sequence[Delivery]) -> int:
+    def send(self, batch: Sequence[Delivery]) -> Future[int]:
         (entry,) = batch
+        sent: Future[int] = Future()
         self._renewals.add(entry)
         try:
             self._function(entry)
+        except BaseException as error:  # noqa: BLE001  # the forwarder's to judge
+            sent.set_exception(error)
+        else:
+            sent.set_result(1)
         finally:
             self._renewals.discard(entry)
-        return 1
+        return sent
 
     def acked(self, batch: Sequence[Delivery]) -> None:
         pass

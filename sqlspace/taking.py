@@ -9,10 +9,9 @@ What a call has committed when an interrupt reaches it, it takes back: a call th
 nothing.
 """
 
-import bisect
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any, Generic, TypeVar
 
 from . import ageing, browsing, clock, entries, upkeep
@@ -307,9 +306,24 @@ def take_up_to(connection: Connection, key: str, limit: int) -> tuple[list[Head]
 
 
 def claim_many(
-    database: Database, keys: list[str], limit: int, wanted: Lease, deliver: Callable[[Grant], D]
+    database: Database,
+    keys: list[str],
+    limit: int,
+    wanted: Lease,
+    deliver: Callable[[Grant], D],
+    *,
+    own: Container[bytes] = (),
 ) -> list[D]:
-    """Lease up to `limit` entries in one transaction; ordered, those of a key that nothing bars."""
+    """Lease up to `limit` entries in one transaction.
+
+    Args:
+        database: Where.
+        keys: In the order of preference.
+        limit: So many at most.
+        wanted: The leases; ordered, of each key those that nothing bars.
+        deliver: Makes what the caller gets.
+        own: Tokens of leases that bar nothing: the caller keeps the order of these itself.
+    """
     grants: list[Grant] = []
     deliveries: list[D] = []
 
@@ -320,9 +334,9 @@ def claim_many(
         for key in keys:
             left = limit - len(grants)
             rings += caught_up(connection, key, now, left)
-            found = entries.heads(connection, key, now, left)
-            if wanted.ordered:  # whatever bars one bars all that are behind it
-                del found[_barred_from(connection, key, found, now) :]
+            found: Sequence[Head] = entries.heads(connection, key, now, left)
+            if wanted.ordered:
+                found = entries.unbarred(connection, found, now, own)
             grants.extend(entries.lease_all(connection, found, now, wanted))
             if len(grants) == limit:
                 break
@@ -334,17 +348,10 @@ def claim_many(
             entries.unlease(connection, grant)
 
     def probe(connection: Connection) -> bool:
-        return any_ready(connection, keys, ordered=wanted.ordered)
+        return any_ready(connection, keys, ordered=wanted.ordered and not own)
 
     database.transact(step, probe=probe, undo=undo)
     return deliveries
-
-
-def _barred_from(connection: Connection, key: str, found: Sequence[Head], now: int) -> int:
-    """Of heads of a key, the index of the first that an earlier entry bars."""
-    return bisect.bisect_left(
-        found, 1, key=lambda head: int(entries.blocked(connection, key, head.seq, now))
-    )
 
 
 def caught_up(connection: Connection, key: str, now: int, limit: int) -> list[str]:

@@ -1,1 +1,8 @@
-"""A `Space` in a NATS server: JetStream, and AsyncJetStream for coroutines."""
+"""A `Space` in a NATS server: JetStream, and AsyncJetStream for coroutines.
+
+And an `Endpoint` there for `sqlspace.forward`.
+"""
+
+from .endpoint import Endpoint
+
+__all__ = ["Endpoint"]

@@ -16,16 +16,16 @@ A name leaves the position when its entry has left the store.
 """
 
 import asyncio
-import concurrent.futures
 import contextlib
 import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future
 from typing import Any, NamedTuple, TypeVar
 
-from sqlspace import clock, delivery
+from sqlspace import clock
 from sqlspace.arguments import check_timeout
 from sqlspace.delivery import Delivery
-from sqlspace.errors import BackendError, ClosedError, LeaseError
+from sqlspace.errors import BackendError
 from sqlspace.store import Store
 
 from . import headers, link
@@ -38,7 +38,6 @@ T = TypeVar("T")
 
 _MOST = link.BATCH - 1  # beside the position
 _TRIES = 100  # others can't be faster so often in a row
-_RENEW_AT = 3  # at this part of a lease
 _HURRY_SECONDS = 1.0  # what is under way has so long to end, when it is to
 _HEADER_BYTES = 1024  # of ours in a message, at most
 
@@ -114,39 +113,33 @@ class Loop:
     """An event loop in a thread of its own, for those that are called from others."""
 
     def __init__(self) -> None:
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._lock = threading.Lock()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="sqlspace-nats", daemon=True)
+        self._thread.start()
 
-    def submit(self, coroutine: Coroutine[Any, Any, T]) -> "concurrent.futures.Future[T]":
-        """Run it there."""
-        with self._lock:
-            if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                threading.Thread(
-                    target=self._run, args=(self._loop,), name="sqlspace-nats", daemon=True
-                ).start()
-            return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-
-    @staticmethod
-    def _run(loop: asyncio.AbstractEventLoop) -> None:
+    def _run(self) -> None:
         try:
-            loop.run_forever()
+            self._loop.run_forever()
+            while tasks := asyncio.all_tasks(self._loop):
+                for task in tasks:
+                    task.cancel()
+                self._loop.run_until_complete(asyncio.wait(tasks))
         finally:
-            loop.close()
+            self._loop.close()
 
-    def call(self, function: Any, *arguments: Any) -> None:
-        """Call it there soon, if there is a thread; from anywhere, a signal's handler included."""
-        loop = self._loop
-        if loop is not None:
-            with contextlib.suppress(RuntimeError):  # it is closed
-                loop.call_soon_threadsafe(function, *arguments)
+    def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        """Run it there."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def call(self, function: Callable[[], object]) -> None:
+        """Call it there soon; from anywhere, a signal's handler included."""
+        with contextlib.suppress(RuntimeError):  # it is closed
+            self._loop.call_soon_threadsafe(function)
 
     def close(self) -> None:
-        """Have the thread end."""
-        with self._lock:
-            if self._loop is not None:
-                self._loop.call_soon_threadsafe(self._loop.stop)
-                self._loop = None
+        """Cancel all that is under way, and end the thread."""
+        self.call(self._loop.stop)
+        self._thread.join()
 
 
 class _Sender:
@@ -154,7 +147,7 @@ class _Sender:
 
     most = _MOST
 
-    def __init__(self, store: Store, subjects: Subjects, new_link: Any) -> None:
+    def __init__(self, store: Store, subjects: Subjects, new_link: Callable[[], Link]) -> None:
         self._store = store
         self._database = store._database  # noqa: SLF001  # it is a worker of the store's own
         self._file_id = self._database.file_id
@@ -167,21 +160,8 @@ class _Sender:
 
     # -- for the forwarder, from its threads
 
-    def send(self, batch: Sequence[Delivery]) -> int:
-        sending = self._loop.submit(self._noted(batch))
-        lease = batch[0]._grant.micros / 1e6  # noqa: SLF001
-        while True:
-            try:
-                return sending.result(lease / _RENEW_AT)
-            except concurrent.futures.TimeoutError:
-                if sending.done():  # it is an error of its own
-                    raise
-            try:
-                delivery.extend_many(self._database, batch)
-            except (LeaseError, ClosedError):
-                # To go on would be right, for the position tells; but it would be in vain.
-                sending.cancel()
-                raise
+    def send(self, batch: Sequence[Delivery]) -> Future[int]:
+        return self._loop.submit(self._noted(batch))
 
     def acked(self, batch: Sequence[Delivery]) -> None:
         key = batch[0].key
@@ -193,9 +173,8 @@ class _Sender:
         self._loop.call(self._cancel if force else self._hurry)
 
     def close(self) -> None:
-        if self._opening is not None:
-            with contextlib.suppress(concurrent.futures.TimeoutError):
-                self._loop.submit(self._disconnect()).result(_HURRY_SECONDS)
+        with contextlib.suppress(TimeoutError):
+            self._loop.submit(self._disconnect()).result(_HURRY_SECONDS)
         self._loop.close()
 
     # -- in the loop
@@ -227,7 +206,7 @@ class _Sender:
         return await asyncio.shield(self._opening)
 
     async def _open(self) -> _Stream:
-        connection: Link = self._new_link()
+        connection = self._new_link()
         await connection.open()
         try:
             info = await connection.ensure_stream(stream_config(self._subjects))
