@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from tenacity.wait import wait_base
 
-__all__ = ["Endpoint", "Forwarder", "Route", "Sender", "forward"]
+__all__ = ["Endpoint", "Forwarder", "Pause", "Route", "Sender", "forward"]
 
 log = logging.getLogger("sqlspace")
 
@@ -194,7 +194,7 @@ class Forwarder:
         self._number = min(_WORKERS, len(self.routes))
         if workers is not None:
             self._number = check_int(workers, "workers", 1)
-        self._pause = _Pause(wait)
+        self._pause = Pause(wait)
         self._sender = _sender(store, send)
         self._outer = context
         self._context = Context()
@@ -240,16 +240,14 @@ class Forwarder:
 
     def end(self, *, force: bool = False) -> None:
         """Have it end, and wait for that; raises what a worker ended by."""
-        try:
-            self.wake()
-            if not force:
-                self._join(_GRACE_SECONDS)
-            self._sender.stop(force=True)
-            self._join(None)
-        finally:
-            if self._outer is not None:
-                self._outer._unregister(self)  # noqa: SLF001
-            self._sender.close()
+        self.wake()
+        if not force:
+            self._join(_GRACE_SECONDS)
+        self._sender.stop(force=True)
+        self._join(None)
+        self._sender.close()
+        if self._outer is not None:
+            self._outer._unregister(self)  # noqa: SLF001
         if self._error is not None:
             raise self._error
 
@@ -387,13 +385,13 @@ def _lives(thread: threading.Thread) -> bool:
     return thread.is_alive()
 
 
-class _Pause:
+class Pause:
     """How long to wait after a failed try: what tenacity says of it."""
 
-    def __init__(self, wait: "wait_base | None") -> None:
+    def __init__(self, wait: "wait_base | None", needed_by: str = "sqlspace.forward") -> None:
         if importlib.util.find_spec("tenacity") is None:
             raise ImportError(
-                "sqlspace.forward needs tenacity: pip install 'sqlspace[forward]'", name="tenacity"
+                f"{needed_by} needs tenacity: pip install 'sqlspace[forward]'", name="tenacity"
             )
         import tenacity  # noqa: PLC0415  # need not be installed
 
@@ -407,6 +405,7 @@ class _Pause:
         self._state = tenacity.RetryCallState
 
     def __call__(self, attempts: int, error: Exception) -> float:
+        """Seconds, after so many tries, of which the last ended so."""
         state = self._state(self._tries, None, (), {})
         state.attempt_number = attempts
         state.set_exception((type(error), error, error.__traceback__))

@@ -192,7 +192,7 @@ def test_a_pause_stands_in_the_file_and_grows_with_the_attempts(store, sink):
 
 def test_the_pauses_are_doubled_up_to_ten_seconds():
     """From 0.1 s on, with some jitter."""
-    pause = forwarding._Pause(None)
+    pause = forwarding.Pause(None)
     for attempts, least in ((1, 0.1), (2, 0.2), (5, 1.6), (7, 6.4), (8, 10.0), (5000, 10.0)):
         assert least <= pause(attempts, ValueError()) <= least + 0.1
 

@@ -32,7 +32,7 @@ from . import headers, link
 from .link import Link, Outgoing, RefusedError
 from .subjects import Subjects
 
-__all__ = ["Endpoint"]
+__all__ = ["Connection", "Endpoint", "Loop", "Opened"]
 
 T = TypeVar("T")
 
@@ -76,7 +76,7 @@ class Endpoint:
     ) -> None:
         self.servers = servers
         self.stream = stream
-        self._subjects = Subjects(stream)
+        self.subjects = Subjects(stream)
         seconds = check_timeout(patience, "patience")
         if not seconds:
             raise ValueError("patience must be more than 0 seconds and finite")
@@ -84,9 +84,10 @@ class Endpoint:
         self._connect = connect
 
     def _sender(self, store: Store) -> "_Sender":
-        return _Sender(store, self._subjects, self._new_link)
+        return _Sender(store, self)
 
-    def _new_link(self) -> Link:
+    def new_link(self) -> Link:
+        """A connection, which isn't open yet."""
         return Link(self.servers, self._patience, dict(self._connect))
 
     def __repr__(self) -> str:
@@ -101,12 +102,15 @@ class _Position(NamedTuple):
     names: frozenset[str]
 
 
-class _Stream(NamedTuple):
+class Opened(NamedTuple):
     """A connection, and what its stream can do."""
 
     link: Link
+    id: str
+    """Of the stream: its name, and when it was made."""
     batches: bool
     expires: bool
+    direct: bool
 
 
 class Loop:
@@ -142,19 +146,74 @@ class Loop:
         self._thread.join()
 
 
+class Connection:
+    """One connection to an endpoint, opened when it is needed, for all the tasks of a loop."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+        self._opening: asyncio.Task[Opened] | None = None
+
+    @property
+    def is_up(self) -> bool:
+        """Whether something may be under way to the server."""
+        opening = self._opening
+        if opening is None or not opening.done() or opening.cancelled() or opening.exception():
+            return False
+        return opening.result().link.connected
+
+    async def open(self) -> Opened:
+        """The connection; made once for all that ask for it, and again if that failed."""
+        opening = self._opening
+        if opening is None or (
+            opening.done() and (opening.cancelled() or opening.exception() is not None)
+        ):
+            opening = self._opening = asyncio.get_running_loop().create_task(self._open())
+        return await asyncio.shield(opening)
+
+    async def _open(self) -> Opened:
+        link, subjects = self._endpoint.new_link(), self._endpoint.subjects
+        await link.open()
+        try:
+            info = await link.ensure_stream(stream_config(subjects))
+            config = info["config"]
+            for needed in (subjects.all_entries, subjects.all_positions):
+                if needed not in config["subjects"]:
+                    raise BackendError(
+                        f"the stream {config['name']} has no subject {needed}; nothing was sent"
+                    )
+        except BaseException:
+            await link.close()
+            raise
+        return Opened(
+            link,
+            f"{config['name']}/{info['created']}",
+            batches=config.get("allow_atomic", False),
+            expires=config.get("allow_msg_ttl", False),
+            direct=config.get("allow_direct", False) and config["num_replicas"] == 1,
+        )
+
+    async def close(self) -> None:
+        """Disconnect; the next `open` connects anew."""
+        opening, self._opening = self._opening, None
+        if opening is not None:
+            opening.cancel()
+            await asyncio.wait([opening])
+            if not opening.cancelled() and not opening.exception():
+                await opening.result().link.close()
+
+
 class _Sender:
     """Sends for one forwarder; all that touches the network runs in one loop."""
 
     most = _MOST
 
-    def __init__(self, store: Store, subjects: Subjects, new_link: Callable[[], Link]) -> None:
+    def __init__(self, store: Store, endpoint: Endpoint) -> None:
         self._store = store
         self._database = store._database  # noqa: SLF001  # it is a worker of the store's own
         self._file_id = self._database.file_id
-        self._subjects = subjects
-        self._new_link = new_link
+        self._subjects = endpoint.subjects
+        self._connection = Connection(endpoint)
         self._loop = Loop()
-        self._opening: asyncio.Task[_Stream] | None = None
         self._sending: set[asyncio.Task[int]] = set()
         self._positions: dict[str, _Position] = {}  # known for certain; each key has one sender
 
@@ -174,15 +233,13 @@ class _Sender:
 
     def close(self) -> None:
         with contextlib.suppress(TimeoutError):
-            self._loop.submit(self._disconnect()).result(_HURRY_SECONDS)
+            self._loop.submit(self._connection.close()).result(_HURRY_SECONDS)
         self._loop.close()
 
     # -- in the loop
 
     def _hurry(self) -> None:
-        opening = self._opening
-        open_ = opening is not None and opening.done() and not opening.exception()
-        if opening is not None and open_ and opening.result().link.connected:
+        if self._connection.is_up:
             asyncio.get_running_loop().call_later(_HURRY_SECONDS, self._cancel)
         else:
             self._cancel()
@@ -190,38 +247,6 @@ class _Sender:
     def _cancel(self) -> None:
         for task in self._sending:
             task.cancel()
-
-    async def _disconnect(self) -> None:
-        opening, self._opening = self._opening, None
-        if opening is not None:
-            opening.cancel()
-            await asyncio.wait([opening])
-            if not opening.cancelled() and not opening.exception():
-                await opening.result().link.close()
-
-    async def _stream(self) -> _Stream:
-        """The connection; made once for all that ask for it, and again if that failed."""
-        if self._opening is None or (self._opening.done() and self._opening.exception()):
-            self._opening = asyncio.get_running_loop().create_task(self._open())
-        return await asyncio.shield(self._opening)
-
-    async def _open(self) -> _Stream:
-        connection = self._new_link()
-        await connection.open()
-        try:
-            info = await connection.ensure_stream(stream_config(self._subjects))
-            config = info["config"]
-            for needed in (self._subjects.all_entries, self._subjects.all_positions):
-                if needed not in config["subjects"]:
-                    raise BackendError(
-                        f"the stream {config['name']} has no subject {needed}; nothing was sent"
-                    )
-        except BaseException:
-            await connection.close()
-            raise
-        return _Stream(
-            connection, config.get("allow_atomic", False), config.get("allow_msg_ttl", False)
-        )
 
     async def _noted(self, batch: Sequence[Delivery]) -> int:
         task = asyncio.current_task()
@@ -233,13 +258,13 @@ class _Sender:
             # Whatever has become of it, the position tells.
             self._positions.pop(batch[0].key, None)
             if isinstance(error, BackendError):  # the stream may be gone, or be another by now
-                await self._disconnect()
+                await self._connection.close()
             raise
         finally:
             self._sending.discard(task)
 
     async def _send(self, batch: Sequence[Delivery]) -> int:
-        stream = await self._stream()
+        stream = await self._connection.open()
         key = batch[0].key
         entries = {_name(entry): entry for entry in batch}
         for _ in range(_TRIES):
@@ -262,17 +287,17 @@ class _Sender:
                 },
             )
             try:
-                seq = await self._publish(stream, [*messages, position])
+                seq = await self._publish(stream, [*messages, position], known)
             except RefusedError as error:
                 self._positions.pop(key, None)
-                if error.number == link.WRONG_LAST_SEQUENCE:
+                if error.number in (link.WRONG_LAST_SEQUENCE, link.DUPLICATE_IN_BATCH):
                     continue  # another was faster; or it was us, and the answer got lost
                 raise BackendError(f"forward {key!a}: {error}; nothing was sent") from error
             self._positions[key] = _Position(seq, names)
             return len(new)
         raise BackendError(f"forward {key!a}: others send the same all the time")
 
-    async def _read(self, stream: _Stream, key: str, entries: dict[str, Delivery]) -> _Position:
+    async def _read(self, stream: Opened, key: str, entries: dict[str, Delivery]) -> _Position:
         """The position as it stands in the stream, less what has left the store since."""
         found = await stream.link.last_message(
             self._subjects.entries,
@@ -292,7 +317,7 @@ class _Sender:
         entry = self._store.get(key, max(1, int(seq)))
         return entry is not None and round(entry.pushed_at * 1e6) == int(pushed_at)
 
-    def _messages(self, stream: _Stream, new: Sequence[Delivery]) -> list[Outgoing]:
+    def _messages(self, stream: Opened, new: Sequence[Delivery]) -> list[Outgoing]:
         """Of entries, up to the first that the server would never take.
 
         Raises:
@@ -320,7 +345,7 @@ class _Sender:
             messages.append(Outgoing(subject, entry.payload, message_id, own))
         return messages
 
-    async def _publish(self, stream: _Stream, messages: list[Outgoing]) -> int:
+    async def _publish(self, stream: Opened, messages: list[Outgoing], known: _Position) -> int:
         """Publish entries and position; the position's seq."""
         doing = "forward"
         if stream.batches:
@@ -329,7 +354,13 @@ class _Sender:
             except RefusedError as error:
                 if error.number != link.DUPLICATE_IN_BATCH:
                     raise
-        # Some may be there already, by their message ids; or there are no batches.
+                last = await stream.link.last_message(
+                    self._subjects.entries, messages[-1].subject, doing=doing
+                )
+                if (0 if last is None else last.seq) != known.seq:
+                    raise  # they are another's, and so is the position
+        # There are no batches; or some messages came without a position. The server knows their
+        # ids, for a while.
         for subject, payload, message_id, own in messages:
             seq = await stream.link.publish(
                 subject, payload, headers=own, message_id=message_id, doing=doing

@@ -47,7 +47,7 @@ class Stream:
         return self._run(self._messages(self.subjects.all_positions))
 
     def take(self, key):
-        """Take all of a key, as consumers of the stream do; what comes meanwhile stays."""
+        """Take all messages of a key, as consumers do; what comes meanwhile stays."""
         messages = self.messages(key)
         if messages:
             request = {"filter": self.subjects.entry(key), "seq": messages[-1].seq + 1}
@@ -56,7 +56,7 @@ class Stream:
                     f"STREAM.PURGE.{self.subjects.entries}", request, "take", writes=True
                 )
             )
-        return [message.payload for message in messages]
+        return messages
 
     def publish(self, key, payload, **options):
         return self._run(self._link.publish(self.subjects.entry(key), payload, **options))
