@@ -73,8 +73,8 @@ def test_a_publish_whose_answer_was_lost_is_not_stored_twice(nats_server, start_
         proxy.mend()
         assert await publishing == 1
         assert await held(other, name) == [b"once"]
-        await link.close()
-        await other.close()
+        await link.close(1.0)
+        await other.close(1.0)
 
     asyncio.run(run())
 
@@ -99,7 +99,7 @@ def test_a_server_that_is_killed_loses_nothing_that_it_has_acknowledged(start_na
             await asyncio.gather(*tasks)
         assert sorted(map(int, await held(link, name))) == list(range(300))
         assert sorted(acknowledged) == list(range(300))
-        await link.close()
+        await link.close(1.0)
 
     asyncio.run(run())
 
@@ -116,7 +116,7 @@ def test_many_are_stored_in_order_and_once_though_some_were_before(nats_server):
         await link.publish_many(messages[5:30])
         await link.publish_many(messages)
         assert await held(link, name) == [b"%d" % number for number in range(40)]
-        await link.close()
+        await link.close(1.0)
 
     asyncio.run(run())
 
@@ -130,7 +130,7 @@ def test_many_go_one_after_the_other_into_a_stream_without_batches(nats_server):
         await link.ensure_stream({"name": name, "subjects": [f"{name}.key.*"]})
         await link.publish_many([Outgoing(f"{name}.key.a", b"%d" % n, f"id{n}") for n in range(9)])
         assert await held(link, name) == [b"%d" % number for number in range(9)]
-        await link.close()
+        await link.close(1.0)
 
     asyncio.run(run())
 
@@ -148,7 +148,7 @@ def test_only_the_first_of_many_can_write_at_a_place(nats_server):
             assert sum(isinstance(answer, int) for answer in answers) == 1
             assert sum(isinstance(answer, RefusedError) for answer in answers) == 7
         for link in links:
-            await link.close()
+            await link.close(1.0)
 
     asyncio.run(run())
 
@@ -169,7 +169,7 @@ def test_a_request_that_nobody_answers_ends_with_the_patience(nats_server, start
             link.patience = 10.0
             await link.publish(f"{name}.key.a", b"y")
             link.patience = 0.5
-        await link.close()
+        await link.close(1.0)
         with pytest.raises(ClosedError):
             await link.publish(f"{name}.key.a", b"z")
 

@@ -23,14 +23,13 @@ from concurrent.futures import Future
 from typing import Any, NamedTuple, TypeVar
 
 from sqlspace import clock
-from sqlspace.arguments import check_timeout
 from sqlspace.delivery import Delivery
 from sqlspace.errors import BackendError
 from sqlspace.store import Store
 
 from . import headers, link
 from .link import Link, Outgoing, RefusedError
-from .subjects import Subjects
+from .settings import Settings, differences
 
 __all__ = ["Connection", "Endpoint", "Loop", "Opened"]
 
@@ -61,37 +60,51 @@ class Endpoint:
 
     Args:
         servers: A URL, or several.
-        stream: Made if it isn't there, as `JetStream` makes it.
+        stream: Its name. Made if it isn't there, as `JetStream` makes it.
+        replicas: As of `JetStream`, like those that follow.
+        storage: Likewise.
+        max_bytes: Likewise.
+        max_msgs: Likewise.
         patience: Seconds until a server that doesn't answer counts as down.
-        connect: For `nats.connect`: user, password, token, user_credentials, tls …
+        connect: For `nats.connect`: user, password, token, user_credentials, tls, …
     """
 
     def __init__(
         self,
-        servers: str | list[str] = "nats://127.0.0.1:4222",
+        servers: str | Sequence[str] = "nats://127.0.0.1:4222",
         *,
         stream: str = "sqlspace",
+        replicas: int = 1,
+        storage: str = "file",
+        max_bytes: int | None = None,
+        max_msgs: int | None = None,
         patience: float = 5.0,
         **connect: Any,
     ) -> None:
-        self.servers = servers
-        self.stream = stream
-        self.subjects = Subjects(stream)
-        seconds = check_timeout(patience, "patience")
-        if not seconds:
-            raise ValueError("patience must be more than 0 seconds and finite")
-        self._patience = seconds
-        self._connect = connect
+        self.settings = Settings(
+            servers=servers,
+            stream=stream,
+            dumps=bytes,  # entries go as they are
+            loads=bytes,
+            replicas=replicas,
+            storage=storage,
+            max_bytes=max_bytes,
+            max_msgs=max_msgs,
+            patience=patience,
+            connect=connect,
+        )
+        self.subjects = self.settings.subjects
 
     def _sender(self, store: Store) -> "_Sender":
         return _Sender(store, self)
 
     def new_link(self) -> Link:
         """A connection, which isn't open yet."""
-        return Link(self.servers, self._patience, dict(self._connect))
+        settings = self.settings
+        return Link(settings.servers, settings.patience, settings.connect)
 
     def __repr__(self) -> str:
-        return f"<sqlspace.jetstream.Endpoint {self.stream!r}>"
+        return f"<sqlspace.jetstream.Endpoint {self.subjects.entries!r}>"
 
 
 class _Position(NamedTuple):
@@ -108,6 +121,8 @@ class Opened(NamedTuple):
     link: Link
     id: str
     """Of the stream: its name, and when it was made."""
+    longest: int
+    """What it takes as one message, in bytes."""
     batches: bool
     expires: bool
     direct: bool
@@ -171,22 +186,22 @@ class Connection:
         return await asyncio.shield(opening)
 
     async def _open(self) -> Opened:
-        link, subjects = self._endpoint.new_link(), self._endpoint.subjects
+        link = self._endpoint.new_link()
         await link.open()
         try:
-            info = await link.ensure_stream(stream_config(subjects))
+            wanted, _ = self._endpoint.settings.streams
+            info = await link.ensure_stream(wanted)
             config = info["config"]
-            for needed in (subjects.all_entries, subjects.all_positions):
-                if needed not in config["subjects"]:
-                    raise BackendError(
-                        f"the stream {config['name']} has no subject {needed}; nothing was sent"
-                    )
+            if different := differences(wanted, config):
+                raise BackendError(f"stream {wanted['name']} is not one of ours: {different}")
         except BaseException:
-            await link.close()
+            await link.close(0)
             raise
+        limits = (link.max_payload, config.get("max_msg_size", -1))
         return Opened(
             link,
             f"{config['name']}/{info['created']}",
+            longest=min(limit for limit in limits if limit > 0),
             batches=config.get("allow_atomic", False),
             expires=config.get("allow_msg_ttl", False),
             direct=config.get("allow_direct", False) and config["num_replicas"] == 1,
@@ -199,7 +214,7 @@ class Connection:
             opening.cancel()
             await asyncio.wait([opening])
             if not opening.cancelled() and not opening.exception():
-                await opening.result().link.close()
+                await opening.result().link.close(0)
 
 
 class _Sender:
@@ -334,12 +349,12 @@ class _Sender:
             size = len(entry.payload) + _HEADER_BYTES
             if own:
                 size += sum(len(name) + len(value) + 4 for name, value in own.items())
-            if size > stream.link.max_payload:
+            if size > stream.longest:
                 if messages:
                     break
                 raise ValueError(
                     f"with its headers it is {size:,} bytes, and the server takes messages of at "
-                    f"most {stream.link.max_payload:,}"
+                    f"most {stream.longest:,}"
                 )
             message_id = f"{self._file_id}/{_name(entry)}"
             messages.append(Outgoing(subject, entry.payload, message_id, own))
@@ -366,19 +381,6 @@ class _Sender:
                 subject, payload, headers=own, message_id=message_id, doing=doing
             )
         return seq
-
-
-def stream_config(subjects: Subjects) -> dict[str, Any]:
-    """Of the stream of the entries."""
-    return {
-        "name": subjects.entries,
-        "subjects": [subjects.all_entries, subjects.all_positions],
-        "discard": "new",
-        "allow_direct": True,
-        "allow_atomic": True,
-        "allow_msg_ttl": True,
-        "allow_rollup_hdrs": True,
-    }
 
 
 def _name(entry: Delivery) -> str:

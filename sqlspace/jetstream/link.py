@@ -1,47 +1,23 @@
-"""The only file that talks to nats-py: one connection, requests that are tried again, and errors.
+"""What a space asks of JetStream: to publish, to get and delete messages, to make a stream.
 
-Every request is idempotent, so it is sent again until it is answered or `patience` is over: after
-a time without an answer, at once after a reconnect, and when the server says that it has no leader
-yet. What a request has done by then, its caller may not know; the message of the `BackendError`
-says so.
-
-Requests have an inbox of their own, and a timer of the loop each: `Client.request` costs a
-`wait_for`, and leaves requests waiting when their connection is lost.
+All of it is idempotent: see `connection`. What JetStream refuses is a `RefusedError` for those who
+know what to do about it.
 """
 
-import asyncio
 import base64
 import functools
-import itertools
 import json
-import logging
-import secrets
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
-from sqlspace.errors import BackendError, ClosedError
+from sqlspace.errors import BackendError
 
-try:
-    import nats
-    import nats.aio.client
-    import nats.aio.msg
-    import nats.aio.subscription
-    import nats.errors
-except ImportError as error:  # pragma: no cover  # the extra is not installed
-    raise ImportError("sqlspace.jetstream needs nats-py: pip install 'sqlspace[nats]'") from error
+from .connection import AgainError, Connection, Msg
 
-__all__ = ["Link", "Listener", "Message", "Outgoing", "RefusedError"]
+__all__ = ["WRONG_LAST_SEQUENCE", "Link", "Message", "Outgoing", "RefusedError"]
 
-log = logging.getLogger("sqlspace")
-
-Result = TypeVar("Result")
-Msg = nats.aio.msg.Msg
-
-ATTEMPT_SECONDS = 2.0  # without an answer the request is sent again
 BATCH = 1000  # messages in one atomic batch, as many as the server allows
-AGAIN_SECONDS = 0.05  # between two tries when the server said no; doubled each time
-_LONGEST_PAUSE_SECONDS = 0.5
 
 # JetStream's own numbers of errors.
 NO_MESSAGE = 10037
@@ -54,6 +30,7 @@ _DUPLICATE_UNDER_WAY = 10158
 DUPLICATE_IN_BATCH = 10201
 _NO_BATCHES = 10174
 _DELETE_FAILED = 10057
+_NO_SUCH_SEQ = 10043
 _NOT_THERE = frozenset({"no message found", "stream store EOF"})  # EOF: beyond the last
 
 
@@ -89,267 +66,14 @@ class RefusedError(Exception):
         return f"{self.text} ({self.number})"
 
 
-class _AgainError(Exception):
-    """There is no answer yet; the cause says why."""
-
-
-class Link:
-    """A connection to NATS that comes back by itself, and what a space asks of JetStream.
+class Link(Connection):
+    """A connection, and what a space asks of JetStream over it.
 
     Args:
         servers: A URL, or several.
         patience: Seconds until a request that nobody answers raises `BackendError`.
         options: For `nats.connect`.
     """
-
-    def __init__(self, servers: str | list[str], patience: float, options: dict[str, Any]) -> None:
-        self.servers = servers
-        self.patience = patience
-        self.requests = 0
-        self.closed = False
-        self._options = options
-        self._client = nats.aio.client.Client()
-        self._up = asyncio.Event()
-        self._last_error: BaseException | None = None
-        self._refused: asyncio.Future[Exception] | None = None
-        self._inbox = f"_INBOX.{secrets.token_hex(11)}."
-        self._numbers = itertools.count()
-        self._replies: dict[str, asyncio.Future[Msg | None]] = {}
-        self._subscriptions: dict[Listener, None] = {}
-        self._reopening: asyncio.Task[None] | None = None
-        self.on_reconnect: Callable[[], None] = lambda: None
-
-    @property
-    def connected(self) -> bool:
-        """Whether there is a connection, as far as this end of it knows."""
-        return self._up.is_set()
-
-    @property
-    def max_payload(self) -> int:
-        """What the server takes as one message, in bytes."""
-        return self._client.max_payload
-
-    def new_id(self) -> str:
-        """An id that no other message has."""
-        return f"{self._inbox[7:-1]}{next(self._numbers):x}"
-
-    # -- the connection
-
-    async def open(self) -> None:
-        """Connect.
-
-        Raises:
-            BackendError: it can't within the patience, or the server refuses us.
-        """
-        try:
-            async with asyncio.timeout(self.patience):
-                await self._connect()
-        except BackendError:
-            raise
-        except (OSError, nats.errors.Error) as error:  # a TimeoutError is an OSError
-            await self._end()
-            raise BackendError(
-                f"can't connect to {self._where()} within {self.patience:g} s: "
-                f"{self._last_error or error!r}"
-            ) from (self._last_error or error)
-        except BaseException:
-            await self._end()
-            raise
-
-    async def close(self) -> None:
-        """Disconnect; what is under way raises ClosedError."""
-        self.closed = True
-        if self._reopening is not None:
-            self._reopening.cancel()
-        self._fail_all()
-        self._up.set()  # for those that wait for it; they see that it is closed
-        await self._end()
-
-    async def _connect(self) -> None:
-        client = self._client = nats.aio.client.Client()
-        loop = asyncio.get_running_loop()
-        refused = self._refused = loop.create_future()
-        connecting = loop.create_task(
-            client.connect(
-                self.servers if isinstance(self.servers, str) else list(self.servers),
-                **{
-                    "reconnect_time_wait": 0.1,
-                    # Whoever asks in vain finds a dead connection by its requests; the pings find
-                    # it for those that only wait to be rung.
-                    "ping_interval": max(0.5, self.patience / 4),
-                    "max_outstanding_pings": 1,
-                    "connect_timeout": max(0.5, self.patience / 2),
-                    **self._options,
-                    "max_reconnect_attempts": -1,
-                    "allow_reconnect": True,
-                    "error_cb": self._on_error,
-                    "disconnected_cb": self._on_disconnect,
-                    "reconnected_cb": self._on_reconnect,
-                    "closed_cb": self._on_close,
-                },
-            )
-        )
-        try:
-            await asyncio.wait((connecting, refused), return_when=asyncio.FIRST_COMPLETED)
-            if refused.done() and not connecting.done():
-                await self._end()
-                error = refused.result()
-                raise BackendError(f"{self._where()} refuses us: {error}") from error
-        finally:
-            self._refused = None
-            refused.cancel()
-            if not connecting.done():
-                connecting.cancel()
-                await asyncio.wait((connecting,))
-        connecting.result()
-        await client.subscribe(f"{self._inbox}*", cb=self._on_reply)
-        for listener in self._subscriptions:
-            await listener.subscribe(client)
-        self._up.set()
-
-    async def _end(self) -> None:
-        try:
-            await self._client.close()
-        except Exception as error:  # noqa: BLE001  # it is over either way
-            log.debug("closing the connection to %s: %r", self._where(), error)
-
-    def _where(self) -> str:
-        """The servers, without anybody's password."""
-        servers = [self.servers] if isinstance(self.servers, str) else self.servers
-        return ", ".join(server.rpartition("@")[2] for server in servers)
-
-    async def _on_error(self, error: Exception) -> None:
-        self._last_error = error
-        log.debug("%s: %r", self._where(), error)
-        refused = (
-            isinstance(error, nats.errors.AuthorizationError)
-            or "authorization" in str(error).lower()
-        )
-        if refused and self._refused is not None and not self._refused.done():
-            self._refused.set_result(error)
-
-    async def _on_disconnect(self) -> None:
-        if not self.closed and self._up.is_set():
-            self._up.clear()
-            log.warning("disconnected from %s: %s", self._where(), self._last_error)
-        self._fail_all()
-
-    async def _on_reconnect(self) -> None:
-        log.info("connected to %s again", self._where())
-        self._up.set()
-        self.on_reconnect()
-
-    async def _on_close(self) -> None:
-        """nats-py gives up for good after some errors; this doesn't."""
-        if not self.closed and (self._reopening is None or self._reopening.done()):
-            self._up.clear()
-            self._reopening = asyncio.get_running_loop().create_task(self._reopen())
-
-    async def _reopen(self) -> None:
-        while True:
-            try:
-                await self._connect()
-            except (OSError, nats.errors.Error, BackendError) as error:
-                self._last_error = error
-                await asyncio.sleep(_LONGEST_PAUSE_SECONDS)
-            else:
-                await self._on_reconnect()
-                return
-
-    def _fail_all(self) -> None:
-        """Have every request sent again, as soon as there is a connection."""
-        for reply in self._replies.values():
-            if not reply.done():
-                reply.set_result(None)
-
-    async def _on_reply(self, message: Msg) -> None:
-        reply = self._replies.get(message.subject[len(self._inbox) :])
-        if reply is not None and not reply.done():
-            reply.set_result(message)
-
-    # -- requests
-
-    async def request(
-        self,
-        send: Callable[[str], Awaitable[None]],
-        read: Callable[[Msg], Result],
-        doing: str,
-        *,
-        writes: bool,
-    ) -> Result:
-        """Ask until there is an answer, and return what `read` makes of it.
-
-        Args:
-            send: Called as `send(reply)`: publish, with the last message's answer to go there.
-            read: May raise `RefusedError`, which comes through.
-            doing: What it is, for the error's message.
-            writes: Whether it may have happened when nobody answers.
-
-        Raises:
-            ClosedError: the link is closed.
-            BackendError: nobody answered.
-        """
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + self.patience
-        pause = AGAIN_SECONDS
-        while True:
-            try:
-                return read(await self._attempt(send, deadline))
-            except _AgainError as error:
-                why = error
-            left = deadline - loop.time()
-            if left <= 0:
-                break
-            if self.connected:
-                await asyncio.sleep(min(pause, left))
-                pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
-        cause = why.__cause__ or self._last_error
-        after = "it may have happened" if writes else "nothing changed"
-        raise BackendError(
-            f"{doing}: no answer from {self._where()} for {self.patience:g} s ({why}); {after}"
-        ) from cause
-
-    async def _attempt(self, send: Callable[[str], Awaitable[None]], deadline: float) -> Msg:
-        """Send it once, and wait for the answer."""
-        loop = asyncio.get_running_loop()
-        if not self._up.is_set():
-            try:
-                async with asyncio.timeout_at(deadline):
-                    await self._up.wait()
-            except TimeoutError as error:
-                raise _AgainError(f"not connected: {self._last_error}") from error
-        if self.closed:
-            raise ClosedError("the space is closed")
-        number = f"{next(self._numbers):x}"
-        reply: asyncio.Future[Msg | None] = loop.create_future()
-        self._replies[number] = reply
-        timer = loop.call_at(min(loop.time() + ATTEMPT_SECONDS, deadline), _give_up, reply)
-        self.requests += 1
-        try:
-            await uncaught(send(self._inbox + number))
-            message = await reply
-        except nats.errors.MaxPayloadError as error:
-            raise ValueError(
-                f"a message must be at most {self.max_payload:,} bytes with its headers here"
-            ) from error
-        except nats.errors.Error as error:
-            self._last_error = error
-            raise _AgainError(str(error)) from error
-        finally:
-            timer.cancel()
-            del self._replies[number]
-        if self.closed:
-            raise ClosedError("the space was closed")
-        if message is None:
-            raise _AgainError("it is silent" if self.connected else "disconnected")
-        if not message.data and message.headers and message.headers.get("Status") == "503":
-            raise _AgainError("no responders: JetStream is not enabled there, or has no leader")
-        return message
-
-    def _sending(
-        self, subject: str, payload: bytes, headers: dict[str, str] | None = None
-    ) -> Callable[[str], Awaitable[None]]:
-        return lambda reply: self._client.publish(subject, payload, reply, headers)
 
     async def api(
         self, verb: str, request: Mapping[str, Any] | None, doing: str, *, writes: bool
@@ -360,7 +84,7 @@ class Link:
             RefusedError: its answer is an error.
         """
         payload = b"" if request is None else json.dumps(request).encode()
-        send = self._sending(f"$JS.API.{verb}", payload)
+        send = self.sending(f"$JS.API.{verb}", payload)
         return await self.request(send, _answer, doing, writes=writes)
 
     async def publish(
@@ -389,9 +113,7 @@ class Link:
         """
         own = {"Nats-Msg-Id": message_id or self.new_id(), **(headers or {})}
         try:
-            return await self.request(
-                self._sending(subject, payload, own), _seq, doing, writes=True
-            )
+            return await self.request(self.sending(subject, payload, own), _seq, doing, writes=True)
         except RefusedError as error:
             if error.number == STORE_FAILED:
                 raise BackendError(f"{doing}: {error}; nothing was written") from error
@@ -472,47 +194,61 @@ class Link:
                 message that is there may be ours.
         """
         headers = {"Nats-Expected-Last-Subject-Sequence": str(last)}
-        return await self.request(
-            self._sending(subject, payload, headers), _seq, doing, writes=True
-        )
+        return await self.request(self.sending(subject, payload, headers), _seq, doing, writes=True)
 
     async def next_message(
         self, stream: str, subject: str, seq: int, *, direct: bool, doing: str
     ) -> Message | None:
         """The first message of a subject, wildcards allowed, whose seq is at least this."""
-        request = {"seq": seq, "next_by_subj": subject}
+        request = b'{"seq":%d,"next_by_subj":"%s"}' % (seq, subject.encode())
         return await self._get(stream, request, direct=direct, doing=doing)
 
     async def last_message(self, stream: str, subject: str, *, doing: str) -> Message | None:
         """The last message of a subject."""
-        return await self._get(stream, {"last_by_subj": subject}, direct=False, doing=doing)
+        return await self._get(
+            stream, b'{"last_by_subj":"%s"}' % subject.encode(), direct=False, doing=doing
+        )
 
     async def message(self, stream: str, seq: int, *, doing: str) -> Message | None:
         """The message with this seq."""
-        return await self._get(stream, {"seq": seq}, direct=False, doing=doing)
+        return await self._get(stream, b'{"seq":%d}' % seq, direct=False, doing=doing)
 
     async def _get(
-        self, stream: str, request: dict[str, Any], *, direct: bool, doing: str
+        self, stream: str, request: bytes, *, direct: bool, doing: str
     ) -> Message | None:
-        payload = json.dumps(request).encode()
         verb, read = ("DIRECT.GET", _direct) if direct else ("STREAM.MSG.GET", _stored)
-        send = self._sending(f"$JS.API.{verb}.{stream}", payload)
+        send = self.sending(f"$JS.API.{verb}.{stream}", request)
         return await self.request(send, read, doing, writes=False)
 
     async def delete(self, stream: str, seq: int, *, doing: str) -> bool:
         """Delete a message by its seq; whether it was there, if no answer was lost."""
-        request = {"seq": seq, "no_erase": True}
-        try:
-            await self.api(f"STREAM.MSG.DELETE.{stream}", request, doing, writes=True)
-        except RefusedError as error:
-            if error.number != _DELETE_FAILED or error.text not in _NOT_THERE:
-                raise
-            return False
-        return True
+        send = self.sending(
+            f"$JS.API.STREAM.MSG.DELETE.{stream}", b'{"seq":%d,"no_erase":true}' % seq
+        )
+        return await self.request(send, _is_deleted, doing, writes=True)
+
+    def delete_soon(self, stream: str, seq: int, then: Callable[[], None]) -> None:
+        """Delete a message, however long the server is away, and call `then`."""
+
+        def heard(message: Msg) -> None:
+            _is_deleted(message)
+            then()
+
+        payload = b'{"seq":%d,"no_erase":true}' % seq
+        self.tell(f"$JS.API.STREAM.MSG.DELETE.{stream}", payload, heard)
+
+    async def delete_unheard(self, stream: str, seq: int) -> None:
+        """Delete a message, unless the request gets lost."""
+        await self.send(f"$JS.API.STREAM.MSG.DELETE.{stream}", b'{"seq":%d,"no_erase":true}' % seq)
 
     async def purge(self, stream: str, subject: str, *, doing: str) -> None:
         """Delete all messages of a subject."""
         await self.api(f"STREAM.PURGE.{stream}", {"filter": subject}, doing, writes=True)
+
+    async def info(self, stream: str, subject: str | None) -> dict[str, Any]:
+        """What a stream says of itself, with a count for each of some subjects."""
+        request = None if subject is None else {"subjects_filter": subject}
+        return await self.api(f"STREAM.INFO.{stream}", request, f"stream {stream}", writes=False)
 
     async def ensure_stream(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Make a stream, unless there is one of this name; its info, whatever it is like."""
@@ -530,68 +266,6 @@ class Link:
                 raise BackendError(f"{doing}: {error}") from error
         return await self.api(f"STREAM.INFO.{name}", None, doing, writes=False)  # made by another
 
-    # -- rings
-
-    async def listen(self, subject: str, queue: str, ring: Callable[[], None]) -> "Listener":
-        """Have `ring` called for each message of a subject; one listener of a queue gets it."""
-        listener = Listener(self, subject, queue, ring)
-        self._subscriptions[listener] = None
-        if self.connected:  # else it is subscribed with the next connection
-            await listener.subscribe(self._client)
-        return listener
-
-    def forget(self, listener: "Listener") -> None:
-        """Don't subscribe it with the next connection."""
-        self._subscriptions.pop(listener, None)
-
-    async def ring(self, subject: str) -> None:
-        """Publish an empty message that nobody keeps; lost if there is no connection."""
-        if self.connected and not self.closed:
-            try:
-                await self._client.publish(subject, b"")
-            except nats.errors.Error as error:
-                log.debug("ringing %s: %r", subject, error)
-
-
-class Listener:
-    """A subscription, over all connections of a link."""
-
-    def __init__(self, link: Link, subject: str, queue: str, ring: Callable[[], None]) -> None:
-        self._link, self._subject, self._queue, self._ring = link, subject, queue, ring
-        self._subscription: nats.aio.subscription.Subscription | None = None
-
-    async def subscribe(self, client: nats.aio.client.Client) -> None:
-        """Subscribe with this connection."""
-
-        async def rung(_: Msg) -> None:
-            self._ring()
-
-        self._subscription = await client.subscribe(self._subject, queue=self._queue, cb=rung)
-
-    async def end(self) -> None:
-        """Unsubscribe."""
-        self._link.forget(self)
-        subscription, self._subscription = self._subscription, None
-        if subscription is not None:
-            try:
-                await subscription.unsubscribe()
-            except nats.errors.Error as error:  # its connection is gone, and it with it
-                log.debug("unsubscribing %s: %r", self._subject, error)
-
-
-async def uncaught(sending: Awaitable[None]) -> None:
-    """Await one of nats-py's sends, which may swallow a cancellation while its buffer is full."""
-    task = asyncio.current_task()
-    before = 0 if task is None else task.cancelling()
-    await sending
-    if task is not None and task.cancelling() > before:
-        raise asyncio.CancelledError
-
-
-def _give_up(reply: "asyncio.Future[Msg | None]") -> None:
-    if not reply.done():
-        reply.set_result(None)
-
 
 def _answer(message: Msg) -> dict[str, Any]:
     """What the API has said, unless it is to be asked again."""
@@ -603,9 +277,21 @@ def _answer(message: Msg) -> dict[str, Any]:
         )
         refused = RefusedError(number, text)
         if again:
-            raise _AgainError(str(refused)) from refused
+            raise AgainError(str(refused)) from refused
         raise refused
     return answer
+
+
+def _is_deleted(message: Msg) -> bool:
+    """Whether it was this that deleted it; it is gone in any case."""
+    try:
+        _answer(message)
+    except RefusedError as error:
+        gone = error.number == _NO_SUCH_SEQ
+        if gone or (error.number == _DELETE_FAILED and error.text in _NOT_THERE):
+            return False
+        raise AgainError(str(error)) from error
+    return True
 
 
 def _seq(message: Msg) -> int:

@@ -2,9 +2,9 @@
 
 import json
 
-from sqlspace.jetstream.endpoint import Loop, stream_config
+from sqlspace.jetstream import Endpoint
+from sqlspace.jetstream.endpoint import Loop
 from sqlspace.jetstream.link import Link, RefusedError
-from sqlspace.jetstream.subjects import Subjects
 
 
 class Stream:
@@ -17,12 +17,13 @@ class Stream:
     """
 
     def __init__(self, url, name, **config):
-        self.subjects = Subjects(name)
+        endpoint = Endpoint(url, stream=name)
+        self.subjects = endpoint.subjects
         self._loop = Loop()
         self._link = Link(url, 20.0, {})
         self._run(self._link.open())
         if config:
-            self._run(self._link.ensure_stream({**stream_config(self.subjects), **config}))
+            self._run(self._link.ensure_stream({**endpoint.settings.streams[0], **config}))
 
     def _run(self, coroutine):
         return self._loop.submit(coroutine).result(60)
@@ -101,5 +102,5 @@ class Stream:
         )
 
     def close(self):
-        self._run(self._link.close())
+        self._run(self._link.close(0))
         self._loop.close()
