@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from . import browsing, delivery, programs, taking
 from .arguments import check_flag, check_int, kind, shown
 from .delivery import Delivery
-from .errors import CanceledError, ClosedError, DeadlineError, LeaseError
+from .errors import CanceledError, ClosedError, DeadlineError, LeaseError, StoreError
 from .space import Context, check_context
 from .store import Store, checked_keys, checked_lease
 from .waiting import Waiter
@@ -123,7 +123,7 @@ def forward(
             arrived; if it raises an `Exception`, the endpoint is down. A command, as a list of its
             arguments: run for each entry with the payload as stdin, and SQLSPACE_KEY, _SEQ, _ID,
             _ATTEMPTS and _HEADERS (a JSON object) in its environment; exit code 0 is arrival. Or a
-            `sqlspace.jetstream.Endpoint`, which takes them in batches.
+            `sqlspace.jetstream.Endpoint`, or a `JetStream`, which takes them in batches.
         lease: Seconds; renewed while an entry is under way. When a forwarder was killed, the next
             one goes on with what was under way after so long.
         max_attempts: An entry goes to the dead letters, KEY/dead, when so many tries have failed,
@@ -155,8 +155,8 @@ def forward(
         drain=drain,
         context=context,
     )
-    forwarder.start()
     try:
+        forwarder.start()
         forwarder.wait()
     finally:
         forwarder.end()
@@ -168,6 +168,7 @@ class Forwarder:
 
     Attributes:
         routes: By key, as it is at the moment.
+        on_end: Called when one of the threads has ended, by that.
     """
 
     def __init__(
@@ -200,7 +201,9 @@ class Forwarder:
         self._context = Context()
         self._context.deadline = None if context is None else context.deadline
         self._waiter = Waiter()
-        self._threads: list[threading.Thread] = []
+        self.on_end: Callable[[], object] = lambda: None
+        self._lock = threading.Lock()
+        self._left = 0  # threads that haven't ended
         self._error: BaseException | None = None
 
     @property
@@ -217,13 +220,19 @@ class Forwarder:
                 self.wake()
         for _ in range(self._number):
             thread = threading.Thread(target=self._work, name="sqlspace-forward", daemon=True)
-            self._threads.append(thread)
-            thread.start()
+            with self._lock:
+                self._left += 1
+            try:
+                thread.start()
+            except RuntimeError as error:  # the process may have no more threads
+                with self._lock:
+                    self._left -= 1
+                raise StoreError(f"no thread to forward with: {error}") from error
 
     def is_at_work(self) -> bool:
         """Whether it goes on."""
         over = self._context.deadline is not None and time.monotonic() >= self._context.deadline
-        return not (over or self._context.canceled) and any(map(_lives, self._threads))
+        return not (over or self._context.canceled) and self._left > 0
 
     def wait(self) -> None:
         """Wait until nothing is left to be done, or it is to end."""
@@ -252,9 +261,13 @@ class Forwarder:
             raise self._error
 
     def _join(self, seconds: float | None) -> None:
+        """Not by `Thread.join`, which takes a thread for ended when Ctrl-C strikes in it."""
         ends = None if seconds is None else time.monotonic() + seconds
-        for thread in self._threads:
-            thread.join(None if ends is None else max(0.0, ends - time.monotonic()))
+        while self._left:
+            left = _PARK_SECONDS if ends is None else min(_PARK_SECONDS, ends - time.monotonic())
+            if left <= 0:
+                return
+            self._waiter.park(left)
 
     # -- one of the threads
 
@@ -271,7 +284,10 @@ class Forwarder:
             self._error = self._error or error
             self._context.cancel()
         finally:
+            with self._lock:
+                self._left -= 1
             self._waiter.wake()
+            self.on_end()
 
     def _claim(self, keys: list[str]) -> list[Delivery]:
         """The first entries of the first key that has its turn; none: there is nothing left."""
@@ -379,10 +395,6 @@ class Forwarder:
             "%a: entry %d could not be sent, attempt %d: %s; the next is in %.1f s",
             *(first.key, first.seq, first.attempts, route.failure, pause),
         )
-
-
-def _lives(thread: threading.Thread) -> bool:
-    return thread.is_alive()
 
 
 class Pause:

@@ -12,7 +12,7 @@ from streams import Stream
 import sqlspace
 from sqlspace import taking
 from sqlspace.entries import Lease
-from sqlspace.jetstream import Endpoint
+from sqlspace.jetstream import Endpoint, JetStream
 from sqlspace.jetstream.headers import carried, entry_headers
 
 # nats-py leaves those of connections that it has given up.
@@ -79,7 +79,7 @@ def taken(stream):
 
 DIES = """
 from sqlspace.forwarding import Forwarder
-from sqlspace.jetstream import Endpoint
+from sqlspace.jetstream import Endpoint, JetStream
 
 def die(self, sent, route):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -471,3 +471,12 @@ def test_what_is_there_without_a_position_is_not_sent_again(store, url, name, st
 def test_misuse_of_an_endpoint_is_refused(options, error, message):
     with pytest.raises(error, match=message):
         Endpoint(**options)
+
+
+def test_a_space_is_an_endpoint_too_and_takes_what_was_sent(store, url, name):
+    """`in_` of a JetStream reads what a store holds, if its codec does."""
+    with JetStream(url, stream=name) as space:
+        store.push_many("mail", [b'{"a": 1}', b"[2]"])
+        assert sqlspace.forward(store, "mail", space, drain=True) == 2
+        assert [space.in_("mail", 10), space.in_("mail", 10)] == [{"a": 1}, [2]]
+        assert space.len("mail") == 0

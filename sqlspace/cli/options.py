@@ -29,6 +29,7 @@ __all__ = [
     "checked",
     "database",
     "examples",
+    "history",
     "key",
     "leasing",
     "many",
@@ -99,6 +100,17 @@ def examples(*lines: str) -> str:
 database = click.argument("database", metavar="DATABASE")
 key = click.argument("key", callback=checked(name))
 as_json = click.option("--json", "as_json", is_flag=True, help="Write JSON, for a program.")
+
+
+history = click.option(
+    "--history",
+    callback=checked(number_or_all),
+    metavar="NUMBER|all",
+    default="10000",
+    show_default=True,
+    help="How many entries taken the file remembers, over all keys; the smallest number of all "
+    "programs that have it open counts.",
+)
 
 
 def many(command: Callable[..., None]) -> Callable[..., None]:

@@ -87,7 +87,7 @@ class AsyncJetStream:
         patience: float = 10.0,
         **connect: Any,
     ) -> None:
-        self._settings = settings = Settings(
+        self.settings = settings = Settings(
             servers=servers,
             stream=stream,
             dumps=dumps,
@@ -135,7 +135,7 @@ class AsyncJetStream:
         return self
 
     async def _open_streams(self) -> None:
-        for wanted in self._settings.streams:
+        for wanted in self.settings.streams:
             info = await self._link.ensure_stream(wanted)
             config = info["config"]
             if different := differences(wanted, config):
@@ -146,10 +146,10 @@ class AsyncJetStream:
                 limits = [self._link.max_payload, config.get("max_msg_size", -1)]
                 self._longest = min(limit for limit in limits if limit > 0) - _HEADER_BYTES
                 window = config.get("duplicate_window", 0) / NANOSECONDS
-                if window <= self._settings.patience:
+                if window <= self.settings.patience:
                     raise BackendError(
                         f"stream {wanted['name']}: its duplicate_window, {window:g} s, must be "
-                        f"longer than patience, {self._settings.patience:g} s"
+                        f"longer than patience, {self.settings.patience:g} s"
                     )
 
     # -- the verbs
@@ -173,7 +173,7 @@ class AsyncJetStream:
     def packed(self, key: str, value: Any, ttl: float | None) -> tuple[str, bytes, float | None]:
         """What `out` adds, checked."""
         key, seconds = check_key(key), check_ttl(ttl)
-        payload = check_payload(self._settings.dumps(value), "what dumps returns")
+        payload = check_payload(self.settings.dumps(value), "what dumps returns")
         if self._opened and len(payload) > self._longest:
             raise ValueError(
                 f"what dumps returns must be at most {self._longest:,} bytes here, "
@@ -251,7 +251,7 @@ class AsyncJetStream:
 
     async def _deleted(self, key: str) -> None:
         """Until the server has confirmed what this client has taken of a key."""
-        patience = self._settings.patience
+        patience = self.settings.patience
         try:
             async with asyncio.timeout(patience):
                 while key in self._deleting:
@@ -348,7 +348,7 @@ class AsyncJetStream:
             raise _unreadable(key, message, "it stays") from error.__cause__
 
     def _loaded(self, message: Message) -> Any:
-        loads = self._settings.loads
+        loads = self.settings.loads
         try:
             return loads(message.payload)
         except Exception as error:

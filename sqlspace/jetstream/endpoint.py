@@ -31,7 +31,7 @@ from . import headers, link
 from .link import Link, Outgoing, RefusedError
 from .settings import Settings, differences
 
-__all__ = ["Connection", "Endpoint", "Loop", "Opened"]
+__all__ = ["Access", "Endpoint", "JetStreamSender", "Loop", "Opened"]
 
 T = TypeVar("T")
 
@@ -95,13 +95,8 @@ class Endpoint:
         )
         self.subjects = self.settings.subjects
 
-    def _sender(self, store: Store) -> "_Sender":
-        return _Sender(store, self)
-
-    def new_link(self) -> Link:
-        """A connection, which isn't open yet."""
-        settings = self.settings
-        return Link(settings.servers, settings.patience, settings.connect)
+    def _sender(self, store: Store) -> "JetStreamSender":
+        return JetStreamSender(store, self.settings)
 
     def __repr__(self) -> str:
         return f"<sqlspace.jetstream.Endpoint {self.subjects.entries!r}>"
@@ -161,11 +156,11 @@ class Loop:
         self._thread.join()
 
 
-class Connection:
+class Access:
     """One connection to an endpoint, opened when it is needed, for all the tasks of a loop."""
 
-    def __init__(self, endpoint: Endpoint) -> None:
-        self._endpoint = endpoint
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
         self._opening: asyncio.Task[Opened] | None = None
 
     @property
@@ -186,10 +181,11 @@ class Connection:
         return await asyncio.shield(opening)
 
     async def _open(self) -> Opened:
-        link = self._endpoint.new_link()
+        settings = self._settings
+        link = Link(settings.servers, settings.patience, settings.connect)
         await link.open()
         try:
-            wanted, _ = self._endpoint.settings.streams
+            wanted, _ = settings.streams
             info = await link.ensure_stream(wanted)
             config = info["config"]
             if different := differences(wanted, config):
@@ -217,17 +213,17 @@ class Connection:
                 await opening.result().link.close(0)
 
 
-class _Sender:
+class JetStreamSender:
     """Sends for one forwarder; all that touches the network runs in one loop."""
 
     most = _MOST
 
-    def __init__(self, store: Store, endpoint: Endpoint) -> None:
+    def __init__(self, store: Store, settings: Settings) -> None:
         self._store = store
         self._database = store._database  # noqa: SLF001  # it is a worker of the store's own
         self._file_id = self._database.file_id
-        self._subjects = endpoint.subjects
-        self._connection = Connection(endpoint)
+        self._subjects = settings.subjects
+        self._access = Access(settings)
         self._loop = Loop()
         self._sending: set[asyncio.Task[int]] = set()
         self._positions: dict[str, _Position] = {}  # known for certain; each key has one sender
@@ -235,26 +231,30 @@ class _Sender:
     # -- for the forwarder, from its threads
 
     def send(self, batch: Sequence[Delivery]) -> Future[int]:
+        """As `Sender` has it, like the others."""
         return self._loop.submit(self._noted(batch))
 
     def acked(self, batch: Sequence[Delivery]) -> None:
+        """These need not be in the next position."""
         key = batch[0].key
         known = self._positions.get(key)
         if known is not None:
             self._positions[key] = known._replace(names=known.names.difference(map(_name, batch)))
 
     def stop(self, *, force: bool) -> None:
+        """Cancel what is under way: the position tells what became of it."""
         self._loop.call(self._cancel if force else self._hurry)
 
     def close(self) -> None:
+        """Disconnect, and end the loop."""
         with contextlib.suppress(TimeoutError):
-            self._loop.submit(self._connection.close()).result(_HURRY_SECONDS)
+            self._loop.submit(self._access.close()).result(_HURRY_SECONDS)
         self._loop.close()
 
     # -- in the loop
 
     def _hurry(self) -> None:
-        if self._connection.is_up:
+        if self._access.is_up:
             asyncio.get_running_loop().call_later(_HURRY_SECONDS, self._cancel)
         else:
             self._cancel()
@@ -273,13 +273,13 @@ class _Sender:
             # Whatever has become of it, the position tells.
             self._positions.pop(batch[0].key, None)
             if isinstance(error, BackendError):  # the stream may be gone, or be another by now
-                await self._connection.close()
+                await self._access.close()
             raise
         finally:
             self._sending.discard(task)
 
     async def _send(self, batch: Sequence[Delivery]) -> int:
-        stream = await self._connection.open()
+        stream = await self._access.open()
         key = batch[0].key
         entries = {_name(entry): entry for entry in batch}
         for _ in range(_TRIES):

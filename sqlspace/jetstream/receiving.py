@@ -9,7 +9,7 @@ doubled as long as the file remembers it (see `dedupe` of `Store.push`).
 import asyncio
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from sqlspace.arguments import check_flag, check_headers, kind
@@ -20,7 +20,7 @@ from sqlspace.store import Store, checked_keys
 from sqlspace.waiting import Waiter
 
 from . import headers
-from .endpoint import Connection, Endpoint, Loop, Opened
+from .endpoint import Access, Endpoint, Loop, Opened
 from .link import Message, RefusedError
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ class Receiver:
 
     Attributes:
         routes: By key, as it is at the moment; what was received is `sent` there.
+        on_end: Called when it has ended by itself, in another thread.
     """
 
     def __init__(
@@ -109,9 +110,10 @@ class Receiver:
         self._drains = check_flag(drain, "drain")
         check_context(context)
         self._pause = Pause(wait, "sqlspace.jetstream.receive")
-        self._connection = Connection(endpoint)
+        self._access = Access(endpoint.settings)
         self._context = context
         self._waiter = Waiter()
+        self.on_end: Callable[[], object] = lambda: None
         self._running: Future[None]
 
     @property
@@ -125,7 +127,11 @@ class Receiver:
             self._context._register(self._waiter)  # noqa: SLF001  # Context and its waits are one
         self._loop = Loop()
         self._running = self._loop.submit(self._receive_all())
-        self._running.add_done_callback(lambda _: self._waiter.wake())
+        self._running.add_done_callback(self._end)
+
+    def _end(self, _: "Future[None]") -> None:
+        self._waiter.wake()
+        self.on_end()
 
     def is_at_work(self) -> bool:
         """Whether it goes on."""
@@ -148,7 +154,7 @@ class Receiver:
         """Have it end, and wait for that; raises what it ended by."""
         self._running.cancel()
         try:
-            self._loop.submit(self._connection.close()).result(_GRACE_SECONDS)
+            self._loop.submit(self._access.close()).result(_GRACE_SECONDS)
         except TimeoutError:
             log.debug("the connection did not close in time")
         self._loop.close()
@@ -186,7 +192,7 @@ class Receiver:
 
     async def _receive_some(self, key: str, route: Route) -> None:
         """All of one key, until it is empty and drained."""
-        stream = await self._connection.open()
+        stream = await self._access.open()
         rung = asyncio.Event()
         listener = await stream.link.listen(self._subjects.ring(key), "", rung.set)
         try:

@@ -44,7 +44,7 @@ PLANTS = {
 async def _read(self, stream, key, entries):
     found = await read(self, stream, key, entries)
     return found._replace(names=frozenset())
-endpoint._Sender._read, read = _read, endpoint._Sender._read
+endpoint.JetStreamSender._read, read = _read, endpoint.JetStreamSender._read
 """,
     "one-by-one": """
 from sqlspace.jetstream.link import Link, DUPLICATE_IN_BATCH, RefusedError
@@ -64,11 +64,11 @@ wanted = forwarding.checked_lease
 forwarding.checked_lease = lambda *given, ordered: wanted(*given, ordered=False)
 """,
     "ack-first": """
-send = endpoint._Sender.send
+send = endpoint.JetStreamSender.send
 def acking(self, batch):
     self._store.ack_many(batch)
     return send(self, batch)
-endpoint._Sender.send = acking
+endpoint.JetStreamSender.send = acking
 """,
 }
 
