@@ -27,6 +27,7 @@ STORE_FAILED = 10077  # a full stream, above all; trying again doesn't help
 WRONG_LAST_SEQUENCE = 10071
 _CLAIM_UNDER_WAY = 10164  # a wrong last sequence too, of what is being written just now
 _DUPLICATE_UNDER_WAY = 10158
+_NO_PEERS = 10005  # enough of the cluster's servers are there, but not yet
 _DUPLICATE_IN_BATCH = 10201
 _NO_BATCHES = 10174
 _DELETE_FAILED = 10057
@@ -214,7 +215,7 @@ class Link(Connection):
         )
         return await self.request(send, _is_deleted, doing, writes=True)
 
-    def delete_soon(self, stream: str, seq: int, then: Callable[[], None]) -> None:
+    def delete_soon(self, stream: str, seq: int, then: Callable[[], None] = lambda: None) -> None:
         """Delete a message, however long the server is away, and call `then`."""
 
         def heard(message: Msg) -> None:
@@ -224,9 +225,10 @@ class Link(Connection):
         payload = b'{"seq":%d,"no_erase":true}' % seq
         self.tell(f"$JS.API.STREAM.MSG.DELETE.{stream}", payload, heard)
 
-    async def delete_unheard(self, stream: str, seq: int) -> None:
-        """Delete a message, unless the request gets lost."""
-        await self.send(f"$JS.API.STREAM.MSG.DELETE.{stream}", b'{"seq":%d,"no_erase":true}' % seq)
+    def purge_soon(self, stream: str, subject: str) -> None:
+        """Delete all messages of a subject, however long the server is away."""
+        payload = b'{"filter":"%s"}' % subject.encode()
+        self.tell(f"$JS.API.STREAM.PURGE.{stream}", payload, _is_told)
 
     async def purge(self, stream: str, subject: str, *, doing: str) -> None:
         """Delete all messages of a subject."""
@@ -259,7 +261,7 @@ def _answer(message: Msg) -> dict[str, Any]:
     answer: dict[str, Any] = json.loads(message.data)
     if (error := answer.get("error")) is not None:
         number, text = error.get("err_code", 0), error.get("description", "")
-        again = number in {_CLAIM_UNDER_WAY, _DUPLICATE_UNDER_WAY} or (
+        again = number in {_CLAIM_UNDER_WAY, _DUPLICATE_UNDER_WAY, _NO_PEERS} or (
             error.get("code") == 503 and number != STORE_FAILED
         )
         refused = RefusedError(number, text)
@@ -267,6 +269,13 @@ def _answer(message: Msg) -> dict[str, Any]:
             raise AgainError(str(refused)) from refused
         raise refused
     return answer
+
+
+def _is_told(message: Msg) -> None:
+    try:
+        _answer(message)
+    except RefusedError as error:
+        raise AgainError(str(error)) from error
 
 
 def _is_deleted(message: Msg) -> bool:
