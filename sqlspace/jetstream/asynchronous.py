@@ -16,7 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from sqlspace.arguments import (
     check_key,
@@ -35,7 +35,7 @@ from .receipts import Claim, Receipts
 from .settings import NANOSECONDS, Settings, differences
 from .subjects import encoded
 
-__all__ = ["AsyncJetStream"]
+__all__ = ["AsyncJetStream", "Taken"]
 
 log = logging.getLogger("sqlspace")
 
@@ -49,6 +49,13 @@ _CLOSING_SECONDS = 2.0
 
 class _UnreadableError(Exception):
     """The codec's own error is its cause."""
+
+
+class Taken(NamedTuple):
+    """What was taken: its value may be returned when the claim is finished, or it is restored."""
+
+    claim: Claim
+    value: Any
 
 
 class AsyncJetStream:
@@ -239,8 +246,8 @@ class AsyncJetStream:
     async def len(self, key: str) -> int:
         """How many entries `key` holds.
 
-        An entry whose taker has died while it took it is counted for a minute or two, and one whose
-        ttl is over for up to a second.
+        What another client has just taken may be counted for a moment yet, or, if that client has
+        died over it, for a minute or two; and so may for a second what has outlived its ttl.
         """
         key = check_key(key)
         self._ensure_open()
@@ -282,7 +289,7 @@ class AsyncJetStream:
     # -- their parts, which JetStream uses too
 
     async def take(self, key: str, looked: Callable[[], None] = lambda: None) -> Any:
-        """Take the head of a checked key, waiting for one: the claim to finish or undo, the value.
+        """Take the head of a checked key, waiting for one: what is `Taken`.
 
         Args:
             key: A key.
@@ -309,7 +316,7 @@ class AsyncJetStream:
         return await self._bells.wait(key, lambda: look(key), takes=takes)
 
     async def try_take(self, key: str) -> Any:
-        """Take the head of a checked key: the claim and the value, or MISSING."""
+        """Take the head of a checked key: what is `Taken`, or MISSING."""
         seq = 0
         while True:
             seen = asyncio.get_running_loop().time()
@@ -327,15 +334,15 @@ class AsyncJetStream:
                 return taken  # it stays there until it is deleted or restored
             _remove(self._taking, key, message.seq)
 
-    async def _try_message(self, key: str, message: Message, seen: float) -> Any:
-        """Take an entry: the claim and the value, or None if it is another's."""
+    async def _try_message(self, key: str, message: Message, seen: float) -> Taken | None:
+        """Take an entry, unless it is another's."""
         try:
             value = self._loaded(message)
         except _UnreadableError as error:
             await self._bury(key, message, seen, error.__cause__)
             return None
         claim = await self._receipts.claim(key, message, seen)
-        return None if claim is None else (claim, value)
+        return None if claim is None else Taken(claim, value)
 
     async def try_read(self, key: str) -> Any:
         """The head of a checked key, or MISSING."""
@@ -401,11 +408,11 @@ class AsyncJetStream:
 
         self._link.delete_soon(self._subjects.entries, seq, gone)
 
-    async def restore(self, claim: Claim, *, finished: bool) -> None:
+    def restore(self, claim: Claim, *, finished: bool) -> None:
         """Give back what was taken; what was finished is added anew, behind all others."""
-        await self._receipts.settle(claim, finished=finished)
         if not finished:
             _remove(self._taking, claim.key, claim.message.seq)
+        self._receipts.give_back(claim, finished=finished)
 
     async def _again(self, claim: Claim, lost_its_place: bool) -> None:
         """An entry was given back: have its key's takers look; if it is deleted, add it anew."""

@@ -98,9 +98,8 @@ class Bells:
 
     def _leave(self, key: str, takes: bool, bell: _Bell) -> None:
         bell.looking -= 1
-        while bell.owed and bell.asleep:
+        while bell.owed and _wake_one(bell):
             bell.owed -= 1
-            self._wake(bell)
         if bell.looking or bell.asleep:
             return
         if self._bells.get((key, takes)) is bell:
@@ -132,24 +131,30 @@ class Bells:
 
     def _ring(self, key: str, takes: bool, bell: _Bell) -> None:
         if not takes:
-            while bell.asleep:
-                self._wake(bell)
+            while _wake_one(bell):
+                pass
             bell.owed = bell.looking
-        elif bell.asleep:
-            self._wake(bell)
-        elif bell.looking:
-            bell.owed += 1
-        else:
-            self._link.spawn(self._link.ring(self._subject(key)))
-
-    def _wake(self, bell: _Bell) -> None:
-        _wake(bell.asleep.popleft())
+        elif not _wake_one(bell):
+            if bell.looking:
+                bell.owed += 1
+            else:
+                self._link.spawn(self._link.ring(self._subject(key)))
 
     def wake_all(self) -> None:
         """Have every waiter look."""
         for bell in self._bells.values():
             for sleeper in bell.asleep:
                 _wake(sleeper)
+
+
+def _wake_one(bell: _Bell) -> bool:
+    """Wake one that sleeps, and is not awake or canceled already; whether there was one."""
+    while bell.asleep:
+        sleeper = bell.asleep.popleft()
+        if not sleeper.done():
+            sleeper.set_result(None)
+            return True
+    return False
 
 
 def _wake(sleeper: "asyncio.Future[None]") -> None:

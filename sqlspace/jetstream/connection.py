@@ -46,6 +46,23 @@ class AgainError(Exception):
     """There is no answer yet; the cause says why."""
 
 
+class _Client(nats.aio.client.Client):
+    async def flush(self, timeout: int = 10) -> None:  # noqa: ASYNC109  # as nats-py has it
+        """Until the server has seen all that was sent.
+
+        nats-py sends its PING ahead of what it has buffered; so it drained subscriptions of which
+        the server didn't know yet that they had ended, and dropped the rings in between. When the
+        first answer is there, the buffer was sent.
+        """
+        await super().flush(timeout)
+        await super().flush(timeout)
+
+    async def send_commands(self, commands: bytes) -> None:
+        """Send lines of the protocol, as a publish does when it has made its own."""
+        await self._send_command(commands)
+        await self._flush_pending()
+
+
 class _Told(NamedTuple):
     """A request that nobody waits for."""
 
@@ -72,7 +89,7 @@ class Connection:
         self._lasting: set[asyncio.Task[Any]] = set()  # may ask even while it closes
         self._settled = asyncio.Event()
         self._options = options
-        self._client = nats.aio.client.Client()
+        self._client = _Client()
         self._up = False
         self._turn = asyncio.Event()  # set, and replaced, when the connection comes, goes or ends
         self._last_error: BaseException | None = None
@@ -201,7 +218,7 @@ class Connection:
             raise ClosedError("the space is closed")
 
     async def _connect(self) -> None:
-        client = self._client = nats.aio.client.Client()
+        client = self._client = _Client()
         loop = asyncio.get_running_loop()
         refused = self._refused = loop.create_future()
         connecting = loop.create_task(
@@ -469,6 +486,15 @@ class Connection:
         """Publish an empty message that nobody keeps, unless it gets lost."""
         await self.send(subject, b"")
 
+    def ensure_fits(self, size: int) -> None:
+        """Refuse a message that the server would: it would close the connection, too."""
+        if size > self.max_payload:
+            raise nats.errors.MaxPayloadError
+
+    async def send_commands(self, commands: bytes) -> None:
+        """Send lines of the protocol: messages that were put together by the caller."""
+        await self._client.send_commands(commands)
+
     async def send(self, subject: str, payload: bytes) -> None:
         """Publish what may get lost."""
         if self.connected and not self.closed:
@@ -485,10 +511,10 @@ class Listener:
         self, link: Connection, subject: str, queue: str, ring: Callable[[], None]
     ) -> None:
         self._link, self._subject, self._queue, self._ring = link, subject, queue, ring
-        self._client: nats.aio.client.Client | None = None
+        self._client: _Client | None = None
         self._subscription: nats.aio.subscription.Subscription | None = None
 
-    async def subscribe(self, client: nats.aio.client.Client) -> None:
+    async def subscribe(self, client: _Client) -> None:
         """Subscribe with this connection, once."""
         if client is self._client:
             return

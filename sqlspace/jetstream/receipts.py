@@ -86,6 +86,7 @@ class Receipts:
         self._subjects = subjects
         self._again = again
         self._mine: set[str] = set()  # tokens of claims under way
+        self._settling: dict[int, asyncio.Task[None]] = {}  # entries that are being given back
         self._done: deque[tuple[float, int, int]] = deque()  # since when, entry, its only receipt
         self._gone: set[int] = set()  # entries that were gone at the last sweep
 
@@ -99,12 +100,14 @@ class Receipts:
             message: The entry.
             seen: When it was asked for, by the loop's clock.
         """
+        if (settling := self._settling.get(message.seq)) is not None:
+            await asyncio.wait((settling,), timeout=self._link.patience)
         claim = Claim(key, message, self._link.new_id())
         self._mine.add(claim.token)
         try:
             held = await self._hold(claim, seen)
         except BaseException:
-            self._link.spawn(self.settle(claim))
+            self.give_back(claim)
             raise
         self._mine.discard(claim.token)
         return held
@@ -163,24 +166,32 @@ class Receipts:
         receipt = 0 if claim.over else claim.receipt
         self._done.append((time.monotonic(), claim.message.seq, receipt))
 
-    async def settle(self, claim: Claim, *, finished: bool = False) -> None:
-        """Undo, however long the server is away.
+    def give_back(self, claim: Claim, *, finished: bool = False) -> None:
+        """Undo in the background, however long the server is away.
 
         Args:
             claim: What was taken, or may have been.
             finished: Whether the entry's deletion is under way: then the value is added anew.
         """
+        seq = claim.message.seq
         self._mine.add(claim.token)
-        try:
-            while True:
-                try:
-                    await (self._again(claim, True) if finished else self.undo(claim))  # noqa: FBT003
-                except BackendError as error:
-                    log.warning("undoing a take of %a, trying again: %s", claim.key, error)
-                else:
-                    return
-        finally:
+        settling = self._settling[seq] = self._link.spawn(self._settle(claim, finished))
+
+        def settled(_: object) -> None:
             self._mine.discard(claim.token)
+            if self._settling.get(seq) is settling:
+                del self._settling[seq]
+
+        settling.add_done_callback(settled)
+
+    async def _settle(self, claim: Claim, finished: bool) -> None:
+        while True:
+            try:
+                await (self._again(claim, True) if finished else self.undo(claim))  # noqa: FBT003
+            except BackendError as error:
+                log.warning("undoing a take of %a, trying again: %s", claim.key, error)
+            else:
+                return
 
     async def _last(self, claim: Claim) -> _Receipt | None:
         subject = self._subjects.receipt(claim.message.seq)
@@ -197,27 +208,30 @@ class Receipts:
 
     async def tidy(self) -> None:
         """Drop receipts whose time is over, our own and those of takers that died; for ever."""
-        pause = SWEEP_SECONDS * random.random() / 8  # not all clients at once  # noqa: S311
+        loop = asyncio.get_running_loop()
+        due = loop.time() + SWEEP_SECONDS * _spread() / 8  # not all clients at once
         while True:
-            await asyncio.sleep(pause)
-            pause = SWEEP_SECONDS * (0.75 + random.random() / 2)  # noqa: S311
+            await asyncio.sleep(1.0)
+            self.drop_old()
+            if loop.time() < due:
+                continue
+            due = loop.time() + SWEEP_SECONDS * (0.75 + _spread() / 2)
             try:
-                await self._drop_own()
                 await self.sweep()
             except ClosedError:
                 return
             except SpaceError as error:
                 log.warning("tidying the receipts of %s: %s", self._subjects.entries, error)
 
-    async def _drop_own(self) -> None:
-        """Without an answer: what is lost of it, a sweep finds."""
+    def drop_old(self) -> None:
+        """Drop our own receipts of entries that are gone long enough."""
         now = time.monotonic()
         while self._done and self._done[0][0] < now - RECEIPT_SECONDS:
             _, entry, receipt = self._done.popleft()
             if receipt:
-                await self._link.delete_unheard(self._subjects.receipts, receipt)
+                self._link.delete_soon(self._subjects.receipts, receipt)
             else:
-                await self._purge(entry)
+                self._link.purge_soon(self._subjects.receipts, self._subjects.receipt(entry))
 
     async def sweep(self) -> None:
         """Do what takers that died have left undone, the oldest first."""
@@ -239,10 +253,12 @@ class Receipts:
             entry = subjects.seq_of(found.subject)
             if await link.message(subjects.entries, entry, doing="sweep") is not None:
                 await self._help(entry, found.subject, receipt)
-            elif entry in gone:
-                await self._purge(entry)
-            else:
+            elif entry not in gone:
                 self._gone.add(entry)  # somebody may have seen it a moment ago
+            elif receipt.state == DOOMED:
+                await link.purge(subjects.receipts, found.subject, doing="sweep")
+            else:
+                await link.delete(subjects.receipts, receipt.seq, doing="sweep")
 
     async def _help(self, entry: int, subject: str, receipt: _Receipt) -> None:
         """Delete an entry in the stead of a taker that has died, unless it gives it back."""
@@ -258,10 +274,9 @@ class Receipts:
             await self._link.delete(self._subjects.entries, entry, doing="sweep")
             log.warning("entry %d was taken by a client that died; deleted in its stead", entry)
 
-    async def _purge(self, entry: int) -> None:
-        await self._link.purge(
-            self._subjects.receipts, self._subjects.receipt(entry), doing="tidy receipts"
-        )
+
+def _spread() -> float:
+    return random.random()  # noqa: S311  # no secret
 
 
 def _doing(claim: Claim) -> str:

@@ -23,7 +23,7 @@ from sqlspace.space import Context, check_context
 from sqlspace.store import Store
 from sqlspace.waiting import LOOK_AGAIN_SECONDS, MISSING, Waiter, nearer_end, surely
 
-from .asynchronous import AsyncJetStream
+from .asynchronous import AsyncJetStream, Taken
 from .endpoint import JetStreamSender
 from .receipts import Claim
 
@@ -114,6 +114,7 @@ class _Call:
             self.error = error
         else:
             self.value = task.result()
+        self._task = None  # to forget it runs Python, in which an interrupt would be swallowed
         self.done = True
         self._engine.calls.discard(self)
         self.waiter.wake()
@@ -129,13 +130,13 @@ class _Call:
 
     def _cancel(self) -> None:
         self._canceled = True
-        if self._task is None:
+        if self._task is not None:
+            self._task.cancel()
+        elif not self.done:
             self.error = asyncio.CancelledError()
             self.done = True
             self._engine.calls.discard(self)
             self.waiter.wake()
-        else:
-            self._task.cancel()
 
     @property
     def is_over(self) -> bool:
@@ -174,25 +175,23 @@ class _Call:
 
     def finish(self, claim: Claim) -> None:
         """Its thread has the value of what it took."""
+        self._engine.post(self._finish, claim)
 
-        def step() -> None:
-            self.finished = True
-            self._engine.space.finish(claim)
-
-        self._engine.post(step)
+    def _finish(self, claim: Claim) -> None:
+        self.finished = True
+        self._engine.space.finish(claim)
 
     def abandon(self) -> None:
         """End it, and give back what it has taken; idempotent."""
         self.cancel()
         self.wait()
-        value, self.value = self.value, MISSING
-        if isinstance(value, tuple) and value and isinstance(value[0], Claim):
-            engine, claim = self._engine, value[0]
+        if isinstance(self.value, Taken):
+            self._engine.post(self._restore)
 
-            async def restore() -> None:
-                await engine.space.restore(claim, finished=self.finished)
-
-            engine.post(lambda: engine.space.link.spawn(restore()))
+    def _restore(self) -> None:
+        if isinstance(self.value, Taken):
+            claim, self.value = self.value.claim, MISSING
+            self._engine.space.restore(claim, finished=self.finished)
 
 
 class JetStream:
@@ -332,8 +331,8 @@ class JetStream:
     def len(self, key: str) -> int:
         """How many entries `key` holds.
 
-        An entry whose taker has died while it took it is counted for a minute or two, and one whose
-        ttl is over for up to a second.
+        What another client has just taken may be counted for a moment yet, or, if that client has
+        died over it, for a minute or two; and so may for a second what has outlived its ttl.
         """
         key = check_key(key)
         engine = self._engine
