@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 import bench_aio
 import bench_alone
 import bench_backlog
+import bench_forward
 import bench_latency
 import bench_life
 import bench_limits
@@ -41,6 +42,7 @@ SECTIONS: Mapping[str, Callable[[Plan], list[Part]]] = {
     "peers": bench_peers.alone,
     "crowds": bench_peers.crowded,
     "servers": bench_servers.servers,
+    "forward": bench_forward.forwarding,
     "latency": bench_latency.latency,
     "bystanders": bench_waiting.bystanders,
     "idle": bench_waiting.idling,

@@ -28,7 +28,7 @@ from .waiting import surely
 if TYPE_CHECKING:
     from .store import Store
 
-__all__ = ["Ack", "Delivery", "Nack", "Renewals", "ack_all"]
+__all__ = ["Ack", "Delivery", "Nack", "Renewals", "ack_all", "extend_many", "give_back"]
 
 log = logging.getLogger("sqlspace")
 
@@ -67,6 +67,16 @@ class Delivery:
         self._grant = grant
         self._settled = False
         self._lost = False
+
+    @property
+    def id(self) -> str:
+        """Names the entry among those of all files, the same each time that it is delivered.
+
+        FILE/SEQ/PUSHED: the file's random id, the seq, and when it was pushed, in Unix
+        microseconds. The last is for a file that was restored from a backup: it has the id of the
+        lost one, and gives some seqs once more.
+        """
+        return f"{self._database.file_id}/{self.seq}/{self._grant.head.pushed_at}"
 
     @property
     def deadline(self) -> float:
@@ -276,6 +286,58 @@ class Nack(_Settling):
 
     def _unsettle(self, connection: Connection, delivery: Delivery) -> None:
         """Cut off behind its commit, it stays done."""
+
+
+class _GiveBack(_Settling):
+    """Gives several back as if they had never been claimed, and nacks the first of them."""
+
+    whole = True
+
+    def __init__(self, deliveries: Sequence[Delivery], delay: int | None) -> None:
+        super().__init__(deliveries)
+        self._delay = delay
+
+    def step(self, connection: Connection) -> Iterable[str]:
+        rings: dict[str, None] = {}
+        for place, delivery in enumerate(self._deliveries):
+            if delivery._settled:  # noqa: SLF001
+                continue
+            if place == 0 and self._delay is not None:
+                rings.update(dict.fromkeys(delivery._nack_in(connection, self._delay)))  # noqa: SLF001
+            else:
+                entries.unlease(connection, delivery._grant)  # noqa: SLF001
+                rings[delivery.key] = None
+            self.mark(delivery)
+        return rings
+
+    def _unsettle(self, connection: Connection, delivery: Delivery) -> None:
+        """As that of a nack."""
+
+
+def give_back(
+    database: Database, deliveries: Sequence[Delivery], *, delay: float | None = None
+) -> None:
+    """Give all of them back, in one transaction: no attempt counts, nor does a lost lease matter.
+
+    Args:
+        database: Theirs.
+        deliveries: In order; those that are settled are left alone.
+        delay: Seconds; None, or the first of them is nacked, and its attempt counts. LeaseError
+            then if its lease is lost, and nothing changed.
+    """
+    micros = None if delay is None else check_delay_micros(delay, None)
+    database.write(_GiveBack(deliveries, micros))
+
+
+def extend_many(database: Database, deliveries: Sequence[Delivery]) -> None:
+    """Have the leases of all of them begin anew, in one transaction; LeaseError: one is lost."""
+
+    def step(connection: Connection) -> Iterable[str]:
+        for delivery in deliveries:
+            delivery._extend_in(connection, delivery._grant.micros)  # noqa: SLF001
+        return ()
+
+    database.transact(step)
 
 
 def ack_all(store: "Store", database: Database, given: Iterable[object]) -> Operation:

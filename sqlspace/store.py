@@ -37,7 +37,7 @@ from .taking import Claim, Grab
 from .transaction import Transaction
 from .waiting import wait
 
-__all__ = ["Store", "open", "open_existing"]
+__all__ = ["Store", "checked_keys", "checked_lease", "checked_limit", "open", "open_existing"]
 
 
 class Store:
@@ -692,14 +692,15 @@ def open_existing(
     )
 
 
-def checked_keys(key_or_keys: object) -> list[str]:
+def checked_keys(key_or_keys: object, argument: str = "key_or_keys") -> list[str]:
     """One key, or several."""
     if isinstance(key_or_keys, str):
-        return [check_key(key_or_keys, "key_or_keys")]
-    return check_keys(key_or_keys, "key_or_keys")
+        return [check_key(key_or_keys, argument)]
+    return check_keys(key_or_keys, argument)
 
 
 def checked_limit(limit: object) -> int:
+    """Of entries at once."""
     return min(check_int(limit, "limit", 1), 1 << 62)
 
 

@@ -11,7 +11,7 @@ nothing.
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any, Generic, TypeVar
 
 from . import ageing, browsing, clock, entries, upkeep
@@ -309,9 +309,22 @@ def take_up_to(connection: Connection, key: str, limit: int) -> tuple[list[Head]
 
 
 def claim_many(
-    keys: list[str], limit: int, wanted: Lease, deliver: Callable[[Grant], D]
+    keys: list[str],
+    limit: int,
+    wanted: Lease,
+    deliver: Callable[[Grant], D],
+    *,
+    own: Container[bytes] = (),
 ) -> tuple[Operation, list[D]]:
-    """The operation that leases up to `limit` entries, and the list that gets the deliveries."""
+    """The operation that leases up to `limit` entries, and the list that gets the deliveries.
+
+    Args:
+        keys: In the order of preference.
+        limit: So many at most.
+        wanted: The leases; ordered, of each key those that nothing bars.
+        deliver: Makes what the caller gets.
+        own: Tokens of leases that bar nothing: the caller keeps the order of these itself.
+    """
     grants: list[Grant] = []
     deliveries: list[D] = []
 
@@ -322,7 +335,9 @@ def claim_many(
         for key in keys:
             left = limit - len(grants)
             rings += caught_up(connection, key, now, left)
-            found = entries.heads(connection, key, now, left)
+            found: Sequence[Head] = entries.heads(connection, key, now, left)
+            if wanted.ordered:
+                found = entries.unbarred(connection, found, now, own)
             grants.extend(entries.lease_all(connection, found, now, wanted))
             if len(grants) == limit:
                 break
@@ -333,7 +348,10 @@ def claim_many(
         for grant in grants:
             entries.unlease(connection, grant)
 
-    return Work(step, lambda connection: any_ready(connection, keys), undo), deliveries
+    def probe(connection: Connection) -> bool:
+        return any_ready(connection, keys, ordered=wanted.ordered and not own)
+
+    return Work(step, probe, undo), deliveries
 
 
 def caught_up(connection: Connection, key: str, now: int, limit: int) -> list[str]:
@@ -343,10 +361,16 @@ def caught_up(connection: Connection, key: str, now: int, limit: int) -> list[st
     return ageing.catch_up(connection, key, now, max(limit, ageing.BATCH_ROWS))
 
 
-def any_ready(connection: Connection, keys: Iterable[str]) -> bool:
-    """Whether there is something to take, or to catch up with."""
+def any_ready(connection: Connection, keys: Iterable[str], *, ordered: bool = False) -> bool:
+    """Whether there is something to take, in its turn if it is ordered, or to catch up with."""
     now = clock.now()
-    return any(entries.look(connection, key, now) != (None, False) for key in keys)
+    for key in keys:
+        head, late = entries.look(connection, key, now)
+        if late:
+            return True
+        if head is not None and not (ordered and entries.blocked(connection, key, head.seq, now)):
+            return True
+    return False
 
 
 # -- waiting

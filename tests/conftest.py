@@ -3,6 +3,7 @@
 At the end of a run a table tells what the long tests have tried.
 """
 
+import contextlib
 import pathlib
 import sys
 
@@ -26,6 +27,24 @@ def child(request):
     yield start
     for process in started:
         process.end()
+
+
+@pytest.fixture(scope="session")
+def nats_server():
+    """A nats-server that all tests share, each with streams of its own names."""
+    from nats_servers import NatsServer  # noqa: PLC0415  # as above
+
+    with NatsServer() as server:
+        yield server
+
+
+@pytest.fixture
+def start_nats():
+    """Start a nats-server, a Cluster or a Proxy of the test's own, which ends with it."""
+    from nats_servers import NatsServer  # noqa: PLC0415  # as above
+
+    with contextlib.ExitStack() as stack:
+        yield lambda server=None: stack.enter_context(server or NatsServer())
 
 
 @pytest.fixture

@@ -215,8 +215,8 @@ MUTANTS = [
     _mutant(
         "blocked-by-the-expired",
         "claims in order stand still behind what has expired",
-        "\n   AND (deadline IS NOT NULL OR {UNEXPIRED}) LIMIT 1",
-        "\n   LIMIT 1",
+        "AND {HELD}\n   AND (deadline IS NOT NULL OR {UNEXPIRED})\n",
+        "AND {HELD}\n",
         "regressions::what_has_expired_holds_up_no_ordered_claim",
     ),
     _mutant(
