@@ -306,13 +306,13 @@ class Forwarder:
         return found
 
     def _attend(self, batch: list[Delivery]) -> None:
-        """Send it, and what stands behind it, for a while."""
+        """Send it, and what stands behind it, for a while: the store works while that is sent."""
+        sending = self._sender.send(batch)
         for turn in range(_TURNS, 0, -1):
             route = self._measured(batch)
-            sending = self._sender.send(batch)
             ahead: list[Delivery] = []
             try:
-                if turn > 1 and len(batch) > 1:  # while it is under way
+                if turn > 1 and len(batch) > 1:
                     ahead = self._claim_behind(batch)
                 sent = self._awaited(sending, [*batch, *ahead])
             except Exception as error:  # noqa: BLE001  # whatever it is, the endpoint is down
@@ -321,6 +321,8 @@ class Forwarder:
             except BaseException:
                 delivery.give_back(self._database, [*batch, *ahead])
                 raise
+            if ahead and sent == len(batch):
+                sending = self._sender.send(ahead)
             self._arrived(batch[:sent], route)
             if sent < len(batch):
                 delivery.give_back(self._database, [*batch[sent:], *ahead])

@@ -372,7 +372,7 @@ def test_a_forwarder_that_stood_still_sends_nothing_after_its_successor(store, u
 
 def test_what_another_has_under_way_stays_in_the_position(store, url, name, stream):
     """One that comes due before those, and is sent by a second forwarder, doesn't hide them."""
-    first, second = (Endpoint(url, stream=name)._sender(store) for _ in range(2))
+    first, second, third = (Endpoint(url, stream=name)._sender(store) for _ in range(3))
     try:
         store.push_many("mail", numbers(20))
         batch = claimed(store)
@@ -381,11 +381,11 @@ def test_what_another_has_under_way_stays_in_the_position(store, url, name, stre
         assert second.send(early).result() == 5
         assert len(stream.positions()[0].payload.split()) == 20
         again = claimed(store)
-        assert Endpoint(url, stream=name)._sender(store).send(again).result() == 20
+        assert third.send(again).result() == 20
         assert sorted(stream.payloads("mail")) == sorted(numbers(20))
     finally:
-        first.close()
-        second.close()
+        for each in (first, second, third):
+            each.close()
 
 
 def test_a_position_forgets_what_has_left_the_store(store, url, name, stream):
@@ -393,7 +393,7 @@ def test_a_position_forgets_what_has_left_the_store(store, url, name, stream):
     store.push_many("mail", numbers(3000))
     forward(store, "mail", url, name)
     (position,) = stream.positions()
-    assert len(position.payload.split()) <= 999
+    assert len(position.payload.split()) <= 2 * 999
     store.push("mail", b"x")
     forward(store, "mail", url, name)
     (position,) = stream.positions()
