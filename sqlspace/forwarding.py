@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from tenacity.wait import wait_base
 
-__all__ = ["Endpoint", "Forwarder", "Pause", "Route", "Sender", "forward"]
+__all__ = ["Destination", "Forwarder", "Pause", "Route", "Sender", "forward"]
 
 log = logging.getLogger("sqlspace")
 
@@ -74,7 +74,7 @@ class Sender(Protocol):
         """Let go whatever it has."""
 
 
-class Endpoint(Protocol):
+class Destination(Protocol):
     """What can be handed to `forward` besides a function and a command."""
 
     def _sender(self, store: Store) -> Sender:
@@ -96,7 +96,7 @@ class Route:
 def forward(
     store: Store,
     keys: str | Iterable[str],
-    send: Callable[[Delivery], object] | Sequence[str] | Endpoint,
+    send: Callable[[Delivery], object] | Sequence[str] | Destination,
     *,
     lease: float = 5.0,
     max_attempts: int | None = None,
@@ -175,7 +175,7 @@ class Forwarder:
         self,
         store: Store,
         keys: str | Iterable[str],
-        send: Callable[[Delivery], object] | Sequence[str] | Endpoint,
+        send: Callable[[Delivery], object] | Sequence[str] | Destination,
         *,
         lease: float = 5.0,
         max_attempts: int | None = None,
@@ -509,7 +509,7 @@ class _Program(_Function):
 
 def _sender(store: Store, send: Any) -> Sender:
     if hasattr(send, "_sender"):
-        return cast("Endpoint", send)._sender(store)  # noqa: SLF001  # the protocol's
+        return cast("Destination", send)._sender(store)  # noqa: SLF001  # the protocol's
     if callable(send):
         return _Function(store, send)
     if isinstance(send, str | bytes) or not isinstance(send, Sequence):

@@ -201,15 +201,22 @@ def test_a_signal_ends_the_command_and_gives_its_entry_back(store, started, numb
     assert states(store) == [("ready", 0)]
 
 
-def test_a_signal_while_it_waits_is_a_quiet_end(store, started, nats_server, name):
-    """With a server, and with a command."""
-    words = ("--to", nats_server.url, "--stream", name)
-    for rest in (words, ("--", "true")):
+def test_a_signal_while_it_waits_is_a_quiet_end(store, started, nats_server, name, stream):
+    """With a server, the way back, and with a command."""
+    to = ("--to", nats_server.url, "--stream", name)
+    for rest in (to, ("--", "true")):
         process = started("mail", *rest)
         store.push("mail", b"x")
         eventually(lambda: store.len("mail") == 0)
         process.terminate()
         assert ended(process) == (143, b"", "")
+    process = started("mail", "--from", nats_server.url, "--stream", name)
+    eventually(lambda: stream.count() == 1)  # the position
+    stream.publish("mail", b"y")
+    eventually(lambda: stream.count() == 1)
+    process.terminate()
+    assert ended(process) == (143, b"", "")
+    assert store.pull_many("mail", 10) == [b"x", b"y"]
 
 
 def test_a_second_ctrl_c_kills_a_command_that_will_not_end(store, started):

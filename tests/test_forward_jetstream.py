@@ -6,7 +6,7 @@ import threading
 import pytest
 import tenacity
 from children import PATIENCE_SECONDS, eventually
-from nats_servers import NatsServer
+from nats_servers import NatsServer, Proxy
 from streams import Stream
 
 import sqlspace
@@ -14,6 +14,7 @@ from sqlspace import taking
 from sqlspace.entries import Lease
 from sqlspace.jetstream import Endpoint, JetStream
 from sqlspace.jetstream.headers import carried, entry_headers
+from sqlspace.jetstream.link import Link
 
 # nats-py leaves those of connections that it has given up.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed <StreamWriter:ResourceWarning")
@@ -350,8 +351,14 @@ def claimed(store, limit=50):
     return batch
 
 
-def test_a_forwarder_that_stood_still_sends_nothing_after_its_successor(store, url, name, stream):
-    """Whatever it knew before: its write is refused, as the position is another now."""
+def test_a_forwarder_that_stood_still_sends_nothing_after_its_successor(
+    store, url, name, stream, monkeypatch
+):
+    """Whatever it knew before: its write is refused, as the position is another now.
+
+    Nor does it send one by one then, for the server knows the ids: not for long.
+    """
+    monkeypatch.setattr(Link, "publish", None)
     stood, successor = (Endpoint(url, stream=name)._sender(store) for _ in range(2))
     try:
         store.push_many("mail", numbers(100))
@@ -416,6 +423,35 @@ def test_two_forwarders_at_once_send_each_entry_once_and_in_order(store, path, u
             thread.join(PATIENCE_SECONDS)
     for key in keys:
         assert stream.payloads(key) == numbers(700)
+
+
+def test_leases_are_renewed_while_a_batch_is_under_way(store, name, stream_of, start_nats):
+    """However long the server takes; another forwarder sends nothing meanwhile."""
+    server = start_nats()
+    proxy = start_nats(Proxy(server.port))
+    stream = stream_of(server.url, name)
+    context = sqlspace.Context()
+    endpoint = Endpoint(proxy.url, stream=name, patience=1000, ping_interval=1000)
+    thread = threading.Thread(
+        target=sqlspace.forward,
+        args=(store, "mail", endpoint),
+        kwargs={"context": context, "lease": 0.3},
+    )
+    thread.start()
+    try:
+        store.push("mail", b"first")
+        eventually(lambda: store.len("mail") == 0)
+        proxy.freeze()
+        store.push_many("mail", numbers(100))
+        first = eventually(lambda: next(store.entries("mail")).deadline)
+        eventually(lambda: next(store.entries("mail")).deadline > first + 0.4)
+        assert store.claimp("mail", ordered=True) is None
+        proxy.mend()
+        eventually(lambda: store.len("mail") == 0)
+    finally:
+        context.cancel()
+        thread.join(PATIENCE_SECONDS)
+    assert stream.payloads("mail") == [b"first", *numbers(100)]
 
 
 # -- a stream that has no batches
