@@ -10,7 +10,7 @@ from nats_servers import NatsServer, Proxy
 from streams import Stream
 
 import sqlspace
-from sqlspace import taking
+from sqlspace import forwarding, taking
 from sqlspace.entries import Lease
 from sqlspace.jetstream import Endpoint, JetStream
 from sqlspace.jetstream.headers import carried, entry_headers
@@ -207,8 +207,9 @@ def test_while_the_server_is_down_the_store_holds_and_then_all_goes_out(store, n
         assert stream.payloads("mail") == numbers(4000)
 
 
-def test_an_end_while_the_server_is_down_is_at_once(store, name):
+def test_an_end_while_the_server_is_down_is_at_once(store, name, monkeypatch):
     """And what was claimed is given back as it was."""
+    monkeypatch.setattr(forwarding, "_GRACE_SECONDS", 1000)
     server = NatsServer()
     context = sqlspace.Context()
     store.push("mail", b"x")
@@ -351,14 +352,15 @@ def claimed(store, limit=50):
     return batch
 
 
+@pytest.mark.parametrize("window_seconds", [0.1, 120])
 def test_a_forwarder_that_stood_still_sends_nothing_after_its_successor(
-    store, url, name, stream, monkeypatch
+    store, url, name, stream_of, monkeypatch, window_seconds
 ):
     """Whatever it knew before: its write is refused, as the position is another now.
 
     Nor does it send one by one then, for the server knows the ids: not for long.
     """
-    monkeypatch.setattr(Link, "publish", None)
+    stream = stream_of(url, name, duplicate_window=int(window_seconds * 1e9))
     stood, successor = (Endpoint(url, stream=name)._sender(store) for _ in range(2))
     try:
         store.push_many("mail", numbers(100))
@@ -369,6 +371,10 @@ def test_a_forwarder_that_stood_still_sends_nothing_after_its_successor(
         store.push_many("mail", numbers(100, 150))
         second = claimed(store)
         assert successor.send(claimed(store)).result() == 50
+        if window_seconds < 1:
+            stream.publish("other", b"", message_id="as old as those")
+            eventually(lambda: stream.forgets("other", "as old as those"))
+        monkeypatch.setattr(Link, "publish", None)
         assert stood.send(second).result() == 50
         assert successor.send(claimed(store)).result() == 50
         assert stream.payloads("mail") == [*numbers(50), *numbers(100, 150)]
