@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 
+import bench_aio
 import bench_alone
 import bench_backlog
 import bench_forward
@@ -36,6 +37,7 @@ SECTIONS: Mapping[str, Callable[[Plan], list[Part]]] = {
     "limits": bench_limits.limits,
     "alone": bench_alone.alone,
     "threads": bench_together.threads,
+    "aio": bench_aio.coroutines,
     "processes": bench_together.processes,
     "peers": bench_peers.alone,
     "crowds": bench_peers.crowded,

@@ -28,7 +28,7 @@ from .waiting import surely
 if TYPE_CHECKING:
     from .store import Store
 
-__all__ = ["Delivery", "Renewals", "ack_many", "extend_many", "give_back"]
+__all__ = ["Ack", "Delivery", "Nack", "Renewals", "ack_all", "extend_many", "give_back"]
 
 log = logging.getLogger("sqlspace")
 
@@ -95,7 +95,7 @@ class Delivery:
             LeaseError: The delivery is settled, or its lease is lost; nothing changed.
             ClosedError, StoreError: The lease goes on, unless it is an UndecidedError.
         """
-        self._database.write(_Ack([self]))
+        self._database.write(Ack([self]))
 
     def nack(self, delay: float = 0.0) -> None:
         """The work is not done: give the entry back to its old place, for the next claim.
@@ -110,7 +110,7 @@ class Delivery:
             LeaseError, ClosedError, StoreError: as `ack`.
         """
         micros = check_delay_micros(delay, None)
-        self._database.write(_Nack(self, micros))
+        self._database.write(Nack(self, micros))
 
     def extend(self, lease: float) -> None:
         """Have the lease end `lease` seconds from now, sooner or later than it would have.
@@ -238,10 +238,11 @@ class _Settling(Operation):
         entries.unack(connection, delivery._grant)  # noqa: SLF001
 
 
-class _Ack(_Settling):
+class Ack(_Settling):
     """Acks one, in one statement."""
 
     def step(self, connection: Connection) -> Iterable[str]:
+        """As `Operation` has it."""
         (delivery,) = self._deliveries
         rings = delivery._ack_in(connection, self.done)  # noqa: SLF001
         self.mark(delivery)
@@ -267,7 +268,7 @@ class _AckAll(_Settling):
         return rings
 
 
-class _Nack(_Settling):
+class Nack(_Settling):
     """Gives one back."""
 
     whole = True
@@ -277,6 +278,7 @@ class _Nack(_Settling):
         self._delay = delay
 
     def step(self, connection: Connection) -> Iterable[str]:
+        """As `Operation` has it."""
         (delivery,) = self._deliveries
         rings = delivery._nack_in(connection, self._delay)  # noqa: SLF001
         self.mark(delivery)
@@ -338,8 +340,11 @@ def extend_many(database: Database, deliveries: Sequence[Delivery]) -> None:
     database.transact(step)
 
 
-def ack_many(store: "Store", database: Database, given: Sequence[object]) -> None:
-    """Ack all of them in one transaction, or none."""
+def ack_all(store: "Store", database: Database, given: Iterable[object]) -> Operation:
+    """The operation that acks all of them, or none."""
+    if isinstance(given, Delivery | memoryview) or not isinstance(given, Iterable):
+        wanted = "an iterable of sqlspace.Delivery"
+        raise TypeError(f"deliveries must be {wanted}, not {kind(given)}")
     deliveries: list[Delivery] = []
     for index, delivery in enumerate(given):
         if not isinstance(delivery, Delivery):
@@ -347,7 +352,7 @@ def ack_many(store: "Store", database: Database, given: Sequence[object]) -> Non
             raise TypeError(f"{argument} must be a sqlspace.Delivery, not {kind(delivery)}")
         delivery._ensure_of(store)  # noqa: SLF001
         deliveries.append(delivery)
-    database.write(_AckAll(deliveries, database.history()))
+    return _AckAll(deliveries, database.history())
 
 
 # -- renewing

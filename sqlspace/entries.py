@@ -120,16 +120,13 @@ SELECT seq, key, CAST(ifnull(payload, x'') AS BLOB), CAST(headers AS BLOB), push
   FROM sqlspace_entries INDEXED BY sqlspace_entries_live
  WHERE key = ?2 AND state = 0 AND state < 3 AND {UNEXPIRED} ORDER BY seq LIMIT ?3
 """
-SELECT_BLOCKED = f"""
-SELECT 1 FROM sqlspace_entries INDEXED BY sqlspace_entries_live
+BARRING = f"""
+FROM sqlspace_entries INDEXED BY sqlspace_entries_live
  WHERE key = ?2 AND state = 2 AND state < 3 AND seq < ?3 AND {HELD}
-   AND (deadline IS NOT NULL OR {UNEXPIRED}) LIMIT 1
+   AND (deadline IS NOT NULL OR {UNEXPIRED})
 """
-SELECT_BARS = f"""
-SELECT seq, token FROM sqlspace_entries INDEXED BY sqlspace_entries_live
- WHERE key = ?2 AND state = 2 AND state < 3 AND seq < ?3 AND {HELD}
-   AND (deadline IS NOT NULL OR {UNEXPIRED}) ORDER BY seq
-"""
+SELECT_BLOCKED = f"SELECT 1 {BARRING} LIMIT 1"
+SELECT_BARS = f"SELECT seq, token {BARRING} ORDER BY seq"
 
 # -- taking and leasing
 

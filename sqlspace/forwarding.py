@@ -30,7 +30,7 @@ from .delivery import Delivery
 from .errors import CanceledError, ClosedError, DeadlineError, LeaseError, StoreError
 from .space import Context, check_context
 from .store import Store, checked_keys, checked_lease
-from .waiting import Waiter
+from .waiting import Waiter, wait
 
 if TYPE_CHECKING:
     import subprocess
@@ -300,9 +300,8 @@ class Forwarder:
             if self._drains and not any(browsing.has_live(self._database, key) for key in keys):
                 waiter.found = []
 
-        found: list[Delivery] = taking.wait_for(
-            self._database, look, keys, None, self._context, in_turn=True
-        )
+        vigil = taking.vigil(self._database, look, keys, in_turn=True)
+        found: list[Delivery] = wait(vigil, None, self._context)
         return found
 
     def _attend(self, batch: list[Delivery]) -> None:
@@ -343,14 +342,11 @@ class Forwarder:
         return self._claim_now(batch[0].key, own)
 
     def _claim_now(self, key: str, own: Container[bytes] = ()) -> list[Delivery]:
-        return taking.claim_many(
-            self._database,
-            [key],
-            min(self.routes[key].limit, self._sender.most),
-            self._wanted,
-            self._store._deliver,  # noqa: SLF001
-            own=own,
-        )
+        limit = min(self.routes[key].limit, self._sender.most)
+        deliver = self._store._deliver  # noqa: SLF001
+        work, claimed = taking.claim_many([key], limit, self._wanted, deliver, own=own)
+        self._database.write(work)
+        return claimed
 
     def _awaited(self, sending: Future[int], held: list[Delivery]) -> int:
         """What it comes to, while leases are renewed."""

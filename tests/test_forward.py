@@ -477,7 +477,8 @@ def test_claiming_many_in_order_ends_before_the_first_that_is_barred(store):
     wanted = Lease(60_000_000, None, ordered=True)
 
     def claim(limit=10):
-        found = taking.claim_many(store._database, ["mail"], limit, wanted, store._deliver)
+        work, found = taking.claim_many(["mail"], limit, wanted, store._deliver)
+        store._database.write(work)
         return [delivery.seq for delivery in found]
 
     assert claim(1) == [1]

@@ -347,7 +347,8 @@ def test_two_stores_never_collide(store, url, name, stream, tmp_path):
 def claimed(store, limit=50):
     """A batch as a forwarder claims it, for a moment only."""
     wanted = Lease(1, None, ordered=True)
-    batch = taking.claim_many(store._database, ["mail"], limit, wanted, store._deliver)
+    work, batch = taking.claim_many(["mail"], limit, wanted, store._deliver)
+    store._database.write(work)
     eventually(lambda: batch[-1].lost)
     return batch
 

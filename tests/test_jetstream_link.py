@@ -9,7 +9,7 @@ from nats_servers import Proxy
 from sqlspace.errors import BackendError, ClosedError
 from sqlspace.jetstream.link import Link, Outgoing, RefusedError
 from sqlspace.jetstream.subjects import Subjects, decoded, encoded
-from sqlspace.testing import _KEYS
+from sqlspace.testing.laws import _KEYS
 
 # nats-py leaves those of connections that it has given up.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed <StreamWriter:ResourceWarning")
