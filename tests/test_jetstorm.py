@@ -10,7 +10,7 @@ SEED = 3
 @pytest.mark.once
 def test_a_storm_over_jetstream_breaks_no_rule(tmp_path):
     """Workers, server and network are killed, frozen and cut: each entry is taken once."""
-    problems, counts = run(str(tmp_path), seconds=7.0, seed=SEED)
+    problems, counts = run(str(tmp_path), seconds=6.0, seed=SEED)
     assert problems == []
     for what in ("A", "T", "kills", "stops", "server kills", "cuts"):
         assert counts[what], what
@@ -21,10 +21,10 @@ def test_a_storm_over_jetstream_breaks_no_rule(tmp_path):
 @pytest.mark.once
 @pytest.mark.parametrize("plant", PLANTS)
 def test_a_storm_over_jetstream_finds_planted_bugs(tmp_path, plant):
-    for seed in (2, 3, 0, 1, 4, 5):
+    for seed in (2, 1, 0, 3, 4, 5):
         (tmp_path / str(seed)).mkdir()
-        problems, _ = run(str(tmp_path / str(seed)), seconds=3.0, seed=seed, plant=plant)
+        problems, _ = run(str(tmp_path / str(seed)), seconds=2.0, seed=seed, plant=plant)
         if problems:
-            tried(f"planted in it: {plant}", "3 s each", seeds=seed, found="caught")
+            tried(f"planted in it: {plant}", "2 s each", seeds=seed, found="caught")
             return
     raise AssertionError(f"{plant} was not found")

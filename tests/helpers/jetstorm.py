@@ -31,12 +31,13 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter, defaultdict
 
 from nats_servers import NatsServer, Proxy
 
-from sqlspace import BackendError, ClosedError, DeadlineError
+from sqlspace import BackendError, CanceledError, ClosedError, Context, DeadlineError
 from sqlspace.jetstream import AsyncJetStream, JetStream, link, receipts
 
 __all__ = ["PLANTS", "judge", "run"]
@@ -110,13 +111,15 @@ PLANTS = {
 # -- the workers
 
 
+def log_of(folder, name):
+    return os.path.join(folder, f"{name}.log")
+
+
 class Log:
     """Lines of JSON with the time, each in one write: what a kill cuts off was not there."""
 
     def __init__(self, folder, name):
-        self._file = os.open(
-            os.path.join(folder, f"{name}.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600
-        )
+        self._file = os.open(log_of(folder, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 
     def write(self, *words):
         os.write(self._file, f"{json.dumps([time.monotonic(), *words])}\n".encode())
@@ -125,7 +128,7 @@ class Log:
         os.close(self._file)
 
 
-def work(role, folder, name, url, seed, plant):
+def work(role, folder, name, url, seed, plant, cancels):
     """What a worker's process does, until SIGTERM."""
     hasten()
     if plant:
@@ -139,6 +142,7 @@ def work(role, folder, name, url, seed, plant):
     while space is None and not over:
         with contextlib.suppress(BackendError):
             space = JetStream(url, stream=STREAM, patience=PATIENCE)
+    log.write("R")
     numbers = Counter()
     while not over:
         key = random_.choice(KEYS)
@@ -152,12 +156,16 @@ def work(role, folder, name, url, seed, plant):
                 time.sleep(random_.choice((0, 0, 0.005)))
             else:
                 log.write("I", key)
-                if random_.random() < 0.2:
+                if cancels and random_.random() < 0.3:
+                    context = Context()
+                    threading.Timer(random_.uniform(0, 0.03), context.cancel).start()
+                    value = space.in_(key, context=context)
+                elif random_.random() < 0.2:
                     value = space.inp(key)
                 else:
                     value = space.in_(key, random_.choice((0.012, 0.02, 0.2, 2.0)))
                 log.write("D" if value is None else "T", key, value)
-        except DeadlineError:
+        except (DeadlineError, CanceledError):
             log.write("D", key)
         except (BackendError, ClosedError) as error:
             log.write("U" if role == "producer" else "F", key, str(error))
@@ -189,6 +197,10 @@ class Storm:
         self.problems = []
         # Where no taker is killed, none may have consumed anything.
         self.kills_takers = not plant and self.random.random() < 0.5
+        # Where takes are canceled, so much is given back that there is not much order to judge.
+        self.cancels = "cancels" if plant == "keep-what-is-in-doubt" else ""
+        if not plant and self.random.random() < 0.5:
+            self.cancels = "cancels"
 
     def run(self, seconds, tick=lambda _: None):
         """Rage for so long, and calm down; the problems."""
@@ -211,25 +223,33 @@ class Storm:
         name = f"{role[0]}{self.started}"
         url = self.random.choice([self.server.url, *(proxy.url for proxy in self.proxies)])
         words = [role, self.folder, name, url, f"{self.seed}/{name}", self.plant or ""]
+        words.append(self.cancels)
         process = subprocess.Popen(
             [sys.executable, __file__, "--worker", *words],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )
         self.workers[name] = process, role
+        Log(self.folder, name).close()
 
     def rage(self, seconds, tick):
+        self.man()
+        while not all(os.path.getsize(log_of(self.folder, name)) for name in self.workers):
+            time.sleep(0.01)
         began = now = time.monotonic()
         while now < began + seconds:
-            for role, number in (("producer", 2), ("taker", 4)):
-                while sum(role == other for _, other in self.workers.values()) < number:
-                    self.start(role)
             time.sleep(self.random.uniform(0.05, 0.4))
             now = time.monotonic()
             self.mend(now)
-            if now > began + 0.8:  # when they work
-                self.strike(now)
+            self.strike(now)
+            self.man()
             tick(now - began)
         self.mend(float("inf"))
+
+    def man(self):
+        """Start those that are missing."""
+        for role, number in (("producer", 2), ("taker", 4)):
+            while sum(role == other for _, other in self.workers.values()) < number:
+                self.start(role)
 
     def strike(self, now):
         what = self.random.random()
@@ -291,7 +311,7 @@ def judge(folder):
     problems, counts = [], Counter()
     began, acknowledged, taken = {}, {}, defaultdict(list)
     lost = Counter()  # by key: takers that were killed inside in_, or could not settle
-    troubles = []  # when a take failed: its entry may have been given back, then or later
+    troubles = []  # of a key, when a take failed and may have given an entry back
     for file in sorted(os.listdir(folder)):
         name = file.removesuffix(".log")
         inside = None
@@ -301,7 +321,9 @@ def judge(folder):
                 counts[kind] += 1
                 if kind in {"T", "D", "F", "K"} and inside is not None:
                     if kind != "T":
-                        troubles.append((inside[0], when))
+                        # To give back takes a while, and longer if the server is away.
+                        until = when + (1.0 if kind == "D" else 20.0)
+                        troubles.append((inside[1], inside[0], until))
                     if kind == "K":
                         lost[inside[1]] += 1
                     inside = None
@@ -348,8 +370,9 @@ def _out_of_order(taken, acknowledged, troubles):
         for when, number in found:
             if number < highest:
                 since = acknowledged[key, producer, number]
-                # What has given it back may have been at that for a while.
-                if not any(start <= when and end + 20 >= since for start, end in troubles):
+                if not any(
+                    of == key and start <= when and end >= since for of, start, end in troubles
+                ):
                     yield f"{name} took {number} of {producer} in {key!r} after {highest}"
             highest = max(highest, number)
 
