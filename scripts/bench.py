@@ -2,7 +2,7 @@
 
 Beside the limit that SQLite sets: the same statements, raw. Beside other queues in a SQLite file,
 and servers that are on PATH, at the same durability. Threads beside one thread, processes beside
-one process, a crowded store beside an empty one. What counts is the ratio of the medians: the
+one process, a crowded store beside an empty one; forwarding beside the slower of its two ends. What counts is the ratio of the medians: the
 figures themselves change with the machine and with what else it does.
 
 With --into, the tables are written as bench.md and the picture as bench.svg.

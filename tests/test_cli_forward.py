@@ -259,7 +259,7 @@ def test_a_failure_of_the_store_is_one_line_and_exit_3(store, started, path):
     ("words", "told"),
     [
         ([], "Missing argument 'KEY..."),
-        (["--", "true"], "Missing argument 'KEY...'"),
+        (["--", "true"], "there must be a KEY, and COMMAND stands after --"),
         (["a"], "there must be one of --to, --from, and a COMMAND after --"),
         (["a", "--to", "nats://x", "--", "true"], "there must be one of"),
         (["a", "--to", "nats://x", "--from", "nats://x"], "there must be one of"),
@@ -280,6 +280,14 @@ def test_misuse_is_exit_2_and_one_line(store, words, told):
     assert result.exit_code == 2
     assert told in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_dashes_before_the_file_are_misuse(store):
+    """They would make keys of the command's words."""
+    words = ["forward", "--", store.path, "a", "--", "true"]
+    result = CliRunner().invoke(sqlspace.cli.commands, words)
+    assert result.exit_code == 2
+    assert "COMMAND stands after --" in result.stderr
 
 
 def test_what_is_no_store_is_exit_3(tmp_path):
