@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 
 import bench_alone
 import bench_backlog
+import bench_jetstream
 import bench_latency
 import bench_life
 import bench_limits
@@ -39,6 +40,7 @@ SECTIONS: Mapping[str, Callable[[Plan], list[Part]]] = {
     "peers": bench_peers.alone,
     "crowds": bench_peers.crowded,
     "servers": bench_servers.servers,
+    "jetstream": bench_jetstream.jetstream,
     "latency": bench_latency.latency,
     "bystanders": bench_waiting.bystanders,
     "idle": bench_waiting.idling,
