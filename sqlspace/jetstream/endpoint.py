@@ -226,6 +226,7 @@ class JetStreamSender:
         self._access = Access(settings)
         self._loop = Loop()
         self._sending: set[asyncio.Task[int]] = set()
+        self._stopped = False
         # Known for certain; and what of it has left the store since. Only the loop touches them.
         self._positions: dict[str, _Position] = {}
         self._gone: dict[str, set[str]] = {}
@@ -243,6 +244,7 @@ class JetStreamSender:
 
     def stop(self, *, force: bool) -> None:
         """Cancel what is under way: the position tells what became of it."""
+        self._stopped = True
         self._loop.call(self._cancel if force else self._hurry)
 
     def close(self) -> None:
@@ -268,6 +270,8 @@ class JetStreamSender:
         assert task is not None
         self._sending.add(task)
         try:
+            if self._stopped:  # it began behind that, or it would have been cancelled
+                raise asyncio.CancelledError
             return await self._send(batch)
         except BaseException as error:
             # Whatever has become of it, the position tells.
