@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from tenacity.wait import wait_base
 
-__all__ = ["Endpoint", "Forwarder", "Pause", "Route", "Sender", "forward"]
+__all__ = ["Destination", "Forwarder", "Pause", "Route", "Sender", "forward"]
 
 log = logging.getLogger("sqlspace")
 
@@ -74,7 +74,7 @@ class Sender(Protocol):
         """Let go whatever it has."""
 
 
-class Endpoint(Protocol):
+class Destination(Protocol):
     """What can be handed to `forward` besides a function and a command."""
 
     def _sender(self, store: Store) -> Sender:
@@ -96,7 +96,7 @@ class Route:
 def forward(
     store: Store,
     keys: str | Iterable[str],
-    send: Callable[[Delivery], object] | Sequence[str] | Endpoint,
+    send: Callable[[Delivery], object] | Sequence[str] | Destination,
     *,
     lease: float = 5.0,
     max_attempts: int | None = None,
@@ -175,7 +175,7 @@ class Forwarder:
         self,
         store: Store,
         keys: str | Iterable[str],
-        send: Callable[[Delivery], object] | Sequence[str] | Endpoint,
+        send: Callable[[Delivery], object] | Sequence[str] | Destination,
         *,
         lease: float = 5.0,
         max_attempts: int | None = None,
@@ -305,13 +305,13 @@ class Forwarder:
         return found
 
     def _attend(self, batch: list[Delivery]) -> None:
-        """Send it, and what stands behind it, for a while."""
+        """Send it, and what stands behind it, for a while: the store works while that is sent."""
+        sending = self._sender.send(batch)
         for turn in range(_TURNS, 0, -1):
             route = self._measured(batch)
-            sending = self._sender.send(batch)
             ahead: list[Delivery] = []
             try:
-                if turn > 1 and len(batch) > 1:  # while it is under way
+                if turn > 1 and len(batch) > 1:
                     ahead = self._claim_behind(batch)
                 sent = self._awaited(sending, [*batch, *ahead])
             except Exception as error:  # noqa: BLE001  # whatever it is, the endpoint is down
@@ -320,6 +320,8 @@ class Forwarder:
             except BaseException:
                 delivery.give_back(self._database, [*batch, *ahead])
                 raise
+            if ahead and sent == len(batch):
+                sending = self._sender.send(ahead)
             self._arrived(batch[:sent], route)
             if sent < len(batch):
                 delivery.give_back(self._database, [*batch[sent:], *ahead])
@@ -503,7 +505,7 @@ class _Program(_Function):
 
 def _sender(store: Store, send: Any) -> Sender:
     if hasattr(send, "_sender"):
-        return cast("Endpoint", send)._sender(store)  # noqa: SLF001  # the protocol's
+        return cast("Destination", send)._sender(store)  # noqa: SLF001  # the protocol's
     if callable(send):
         return _Function(store, send)
     if isinstance(send, str | bytes) or not isinstance(send, Sequence):

@@ -201,15 +201,22 @@ def test_a_signal_ends_the_command_and_gives_its_entry_back(store, started, numb
     assert states(store) == [("ready", 0)]
 
 
-def test_a_signal_while_it_waits_is_a_quiet_end(store, started, nats_server, name):
-    """With a server, and with a command."""
-    words = ("--to", nats_server.url, "--stream", name)
-    for rest in (words, ("--", "true")):
+def test_a_signal_while_it_waits_is_a_quiet_end(store, started, nats_server, name, stream):
+    """With a server, the way back, and with a command."""
+    to = ("--to", nats_server.url, "--stream", name)
+    for rest in (to, ("--", "true")):
         process = started("mail", *rest)
         store.push("mail", b"x")
         eventually(lambda: store.len("mail") == 0)
         process.terminate()
         assert ended(process) == (143, b"", "")
+    process = started("mail", "--from", nats_server.url, "--stream", name)
+    eventually(lambda: stream.count() == 1)  # the position
+    stream.publish("mail", b"y")
+    eventually(lambda: stream.count() == 1)
+    process.terminate()
+    assert ended(process) == (143, b"", "")
+    assert store.pull_many("mail", 10) == [b"x", b"y"]
 
 
 def test_a_second_ctrl_c_kills_a_command_that_will_not_end(store, started):
@@ -252,7 +259,7 @@ def test_a_failure_of_the_store_is_one_line_and_exit_3(store, started, path):
     ("words", "told"),
     [
         ([], "Missing argument 'KEY..."),
-        (["--", "true"], "Missing argument 'KEY...'"),
+        (["--", "true"], "there must be a KEY, and COMMAND stands after --"),
         (["a"], "there must be one of --to, --from, and a COMMAND after --"),
         (["a", "--to", "nats://x", "--", "true"], "there must be one of"),
         (["a", "--to", "nats://x", "--from", "nats://x"], "there must be one of"),
@@ -273,6 +280,14 @@ def test_misuse_is_exit_2_and_one_line(store, words, told):
     assert result.exit_code == 2
     assert told in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_dashes_before_the_file_are_misuse(store):
+    """They would make keys of the command's words."""
+    words = ["forward", "--", store.path, "a", "--", "true"]
+    result = CliRunner().invoke(sqlspace.cli.commands, words)
+    assert result.exit_code == 2
+    assert "COMMAND stands after --" in result.stderr
 
 
 def test_what_is_no_store_is_exit_3(tmp_path):

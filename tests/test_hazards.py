@@ -155,6 +155,35 @@ DEFENCES = {
         "delivery.Renewals.end",
         "test_delivery.test_an_interpreter_ends_while_daemon_threads_are_inside_of_blocks",
     ),
+    # over JetStream
+    "a NATS server that gets SIGKILL": (
+        "jetstream.connection.Connection.request",
+        "test_jetstream.test_a_server_that_dies_is_waited_for_and_nothing_is_lost",
+    ),
+    "a claim whose answer was lost": (
+        "jetstream.receipts.Receipts.undo",
+        "test_jetstream.test_a_claim_that_was_given_up_without_an_answer_lands_in_vain",
+    ),
+    "a taker that dies over an entry": (
+        "jetstream.receipts.Receipts.sweep",
+        "test_jetstream.test_the_entry_of_a_taker_that_died_is_passed_by_and_then_deleted",
+    ),
+    "a taker that was taken for dead": (
+        "jetstream.receipts.DOOMED",
+        "test_jetstream.test_a_taker_that_comes_back_after_its_entry_was_taken_off_it_loses_nothing",
+    ),
+    "a taker that slept for longer than receipts stay": (
+        "jetstream.receipts.TRUST_SECONDS",
+        "test_jetstream.test_a_slow_claim_of_an_entry_whose_receipt_is_gone_takes_nothing",
+    ),
+    "a ring that comes for a taker that was canceled": (
+        "jetstream.bells.Bells",
+        "test_jetstream.test_a_ring_that_came_for_a_taker_that_was_canceled_wakes_another",
+    ),
+    "a fork beside a loop": (
+        "jetstream.threads.JetStream",
+        "test_jetstream.test_a_forked_child_connects_anew",
+    ),
 }
 
 

@@ -138,9 +138,9 @@ def test_a_receiver_that_is_killed_between_push_and_delete_doubles_nothing(
         """
         from sqlspace.jetstream import Endpoint, receive
         from sqlspace.jetstream.link import Link
-        async def delete(*_, **__):
+        async def purge(*_, **__):
             os.kill(os.getpid(), signal.SIGKILL)
-        Link.delete = delete
+        Link.purge = purge
         receive(sqlspace.open(argv[0]), "mail", Endpoint(argv[1], stream=argv[2]))
         """,
         *(store.path, url, name),

@@ -225,8 +225,9 @@ def pull(
     be lost then.
 
     With --lease the entry stays in the file until COMMAND, which stands after --, has ended with 0.
-    The payload is its stdin; SQLSPACE_KEY, SQLSPACE_SEQ, SQLSPACE_ATTEMPTS (1 the first time) and
-    SQLSPACE_HEADERS (a JSON object) are in its environment. The lease is renewed while it runs.
+    The payload is its stdin; SQLSPACE_KEY, SQLSPACE_SEQ, SQLSPACE_ID (the same each time),
+    SQLSPACE_ATTEMPTS (1 the first time) and SQLSPACE_HEADERS (a JSON object) are in its
+    environment. The lease is renewed while it runs.
     When it fails, its code is a line on stderr, the entry is ready again after --retry-delay, and
     we go on with the next of --limit or --all. Ctrl-C and SIGTERM end it too, and give its entry
     back. To wait is to wait for each entry: --all --wait goes on for ever.

@@ -154,10 +154,10 @@ def forward(
     Ctrl-C, 143 after SIGTERM. What is under way then is finished, or given back.
     """
     dashes = click.get_current_context().meta["sqlspace.dashes"]
+    if dashes >= len(words):
+        raise click.UsageError("there must be a KEY, and COMMAND stands after --")
     names, argv = words[: len(words) - dashes], list(words[len(words) - dashes :])
     keys = [_name(name) for name in names]
-    if not keys:
-        raise click.UsageError("Missing argument 'KEY...'.")
     if bool(to) + bool(source) + bool(argv) != 1:
         raise click.UsageError("there must be one of --to, --from, and a COMMAND after --")
     tls = _tls(tls_ca, tls_cert, tls_key)

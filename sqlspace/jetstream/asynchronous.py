@@ -30,6 +30,7 @@ from sqlspace.rules import dead_key
 from sqlspace.waiting import MISSING
 
 from .bells import Bells
+from .headers import EXPIRES, expiry
 from .link import Link, Message, RefusedError
 from .receipts import Claim, Receipts
 from .settings import NANOSECONDS, Settings, differences
@@ -42,7 +43,6 @@ log = logging.getLogger("sqlspace")
 # What else a message may carry: the dead letter's headers name its key, up to 3,072 bytes as it is
 # spelled there.
 _HEADER_BYTES = 4096
-_EXPIRES = "Sqlspace-Expires"  # Unix seconds; the server counts whole seconds from the storing on
 _LONGEST_TTL_SECONDS = 3_155_760_000  # 100 years; in nanoseconds it fits int64
 _CLOSING_SECONDS = 2.0
 
@@ -195,7 +195,7 @@ class AsyncJetStream:
         if seconds is not None and seconds < _LONGEST_TTL_SECONDS:
             headers = {
                 "Nats-TTL": str(math.ceil(seconds)),
-                _EXPIRES: repr(time.time() + seconds),
+                EXPIRES: repr(time.time() + seconds),
             }
         doing = f"out of {key!a}"
         with self._link.lasting():
@@ -420,7 +420,7 @@ class AsyncJetStream:
             headers = {
                 name: text
                 for name, text in claim.message.headers.items()
-                if name in {"Nats-TTL", _EXPIRES}
+                if name in {"Nats-TTL", EXPIRES}
             }
             await self._link.publish(
                 self._subjects.entry(claim.key),
@@ -489,11 +489,8 @@ class AsyncJetStream:
 
 
 def _is_over(message: Message) -> bool:
-    end = message.headers.get(_EXPIRES)
-    try:
-        return end is not None and float(end) <= time.time()
-    except ValueError:
-        return False
+    end = expiry(message.headers)
+    return end is not None and end <= time.time()
 
 
 def _remove(sets: dict[str, set[int]], key: str, seq: int) -> None:

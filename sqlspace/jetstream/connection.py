@@ -378,11 +378,17 @@ class Connection:
             self._ensure_open()
         number = f"{next(self._numbers):x}"
         reply: asyncio.Future[Msg | None] = loop.create_future()
-        self._replies[number] = reply, asyncio.current_task()
+        task = asyncio.current_task()
+        self._replies[number] = reply, task
         timer = loop.call_at(min(loop.time() + ATTEMPT_SECONDS, deadline), _give_up, reply)
         self.requests += 1
+        canceled = 0 if task is None else task.cancelling()
         try:
-            await uncaught(send(self._inbox + number))
+            await send(self._inbox + number)
+            if self._outbox:  # it goes out with this, which is what somebody waits for
+                await self._post_all()
+            if task is not None and task.cancelling() > canceled:
+                raise asyncio.CancelledError  # nats-py swallows it while its buffer is full
             message = await reply
         except nats.errors.MaxPayloadError as error:
             raise ValueError(
@@ -427,20 +433,24 @@ class Connection:
 
     def _post(self, *numbers: str) -> None:
         self._outbox.extend(numbers)
-        if self._posting is None and self._up:
+        asyncio.get_running_loop().call_soon(self._post_soon)
+
+    def _post_soon(self) -> None:
+        if self._outbox and self._posting is None and self._up:
             self._posting = asyncio.get_running_loop().create_task(self._post_all())
+            self._posting.add_done_callback(self._posted)
+
+    def _posted(self, task: "asyncio.Task[None]") -> None:
+        self._posting = None
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.debug("%s: %r", self.where, error)  # they are sent again
 
     async def _post_all(self) -> None:
-        try:
-            while self._outbox and self._up:
-                number = self._outbox.popleft()
-                if (told := self._told.get(number)) is not None:
-                    self.requests += 1
-                    await self._client.publish(told.subject, told.payload, self._inbox + number)
-        except nats.errors.Error as error:
-            log.debug("%s: %r", self.where, error)
-        finally:
-            self._posting = None
+        while self._outbox and self._up:
+            number = self._outbox.popleft()
+            if (told := self._told.get(number)) is not None:
+                self.requests += 1
+                await self._client.publish(told.subject, told.payload, self._inbox + number)
 
     def _repeat(self) -> None:
         """Send again what has had no answer since the last time."""
@@ -556,15 +566,6 @@ class _Sink(asyncio.Future[Msg]):
 def connect_options() -> frozenset[str]:
     """The names of what `nats.connect` takes."""
     return frozenset(inspect.signature(nats.aio.client.Client.connect).parameters) - {"self"}
-
-
-async def uncaught(sending: Awaitable[None]) -> None:
-    """Await one of nats-py's sends, which may swallow a cancellation while its buffer is full."""
-    task = asyncio.current_task()
-    before = 0 if task is None else task.cancelling()
-    await sending
-    if task is not None and task.cancelling() > before:
-        raise asyncio.CancelledError
 
 
 def _give_up(reply: "asyncio.Future[Msg | None]") -> None:

@@ -226,7 +226,10 @@ class JetStreamSender:
         self._access = Access(settings)
         self._loop = Loop()
         self._sending: set[asyncio.Task[int]] = set()
-        self._positions: dict[str, _Position] = {}  # known for certain; each key has one sender
+        self._stopped = False
+        # Known for certain; and what of it has left the store since. Only the loop touches them.
+        self._positions: dict[str, _Position] = {}
+        self._gone: dict[str, set[str]] = {}
 
     # -- for the forwarder, from its threads
 
@@ -235,14 +238,13 @@ class JetStreamSender:
         return self._loop.submit(self._noted(batch))
 
     def acked(self, batch: Sequence[Delivery]) -> None:
-        """These need not be in the next position."""
-        key = batch[0].key
-        known = self._positions.get(key)
-        if known is not None:
-            self._positions[key] = known._replace(names=known.names.difference(map(_name, batch)))
+        """These need not be in the position any more, from the next one on."""
+        names = list(map(_name, batch))
+        self._loop.call(lambda: self._gone.setdefault(batch[0].key, set()).update(names))
 
     def stop(self, *, force: bool) -> None:
         """Cancel what is under way: the position tells what became of it."""
+        self._stopped = True
         self._loop.call(self._cancel if force else self._hurry)
 
     def close(self) -> None:
@@ -268,6 +270,8 @@ class JetStreamSender:
         assert task is not None
         self._sending.add(task)
         try:
+            if self._stopped:  # it began behind that, or it would have been cancelled
+                raise asyncio.CancelledError
             return await self._send(batch)
         except BaseException as error:
             # Whatever has become of it, the position tells.
@@ -284,8 +288,10 @@ class JetStreamSender:
         entries = {_name(entry): entry for entry in batch}
         for _ in range(_TRIES):
             known = self._positions.get(key)
+            gone = self._gone.pop(key, set())
             if known is None:
                 known = await self._read(stream, key, entries)
+            known = known._replace(names=known.names - gone)
             new = [entry for name, entry in entries.items() if name not in known.names]
             if not new or new[0] is not batch[0]:  # first those that are there leave the store
                 return batch.index(new[0]) if new else len(batch)

@@ -250,9 +250,12 @@ class Link(Connection):
         payload = b'{"filter":"%s"}' % subject.encode()
         self.tell(f"$JS.API.STREAM.PURGE.{stream}", payload, _is_told)
 
-    async def purge(self, stream: str, subject: str, *, doing: str) -> None:
-        """Delete all messages of a subject."""
-        await self.api(f"STREAM.PURGE.{stream}", {"filter": subject}, doing, writes=True)
+    async def purge(
+        self, stream: str, subject: str, *, doing: str, below: int | None = None
+    ) -> None:
+        """Delete all messages of a subject, or those whose seq is below that."""
+        request = {"filter": subject} if below is None else {"filter": subject, "seq": below}
+        await self.api(f"STREAM.PURGE.{stream}", request, doing, writes=True)
 
     async def info(self, stream: str, subject: str | None) -> dict[str, Any]:
         """What a stream says of itself, with a count for each of some subjects."""

@@ -114,6 +114,7 @@ class Receiver:
         self._context = context
         self._waiter = Waiter()
         self.on_end: Callable[[], object] = lambda: None
+        self._moving: set[asyncio.Task[None]] = set()
         self._running: Future[None]
 
     @property
@@ -150,11 +151,11 @@ class Receiver:
                 left = min(left, max(0.0, self._context.deadline - time.monotonic()))
             self._waiter.park(left)
 
-    def end(self, *, force: bool = False) -> None:  # noqa: ARG002  # nothing takes long here
+    def end(self, *, force: bool = False) -> None:  # noqa: ARG002  # it never takes long
         """Have it end, and wait for that; raises what it ended by."""
         self._running.cancel()
         try:
-            self._loop.submit(self._access.close()).result(_GRACE_SECONDS)
+            self._loop.submit(self._finish()).result(2 * _GRACE_SECONDS)
         except TimeoutError:
             log.debug("the connection did not close in time")
         self._loop.close()
@@ -201,8 +202,10 @@ class Receiver:
                 batch = await self._next(stream, key)
                 route.failure = ""
                 if batch:
-                    await self._move(stream, key, batch)
-                    route.sent += len(batch)
+                    moving = asyncio.ensure_future(self._move(stream, key, batch, route))
+                    self._moving.add(moving)
+                    moving.add_done_callback(self._moved)
+                    await asyncio.shield(moving)
                 elif self._drains:
                     return
                 else:
@@ -233,15 +236,27 @@ class Receiver:
             seq = message.seq + 1
         return found
 
-    async def _move(self, stream: Opened, key: str, batch: list[Message]) -> None:
+    def _moved(self, moving: asyncio.Task[None]) -> None:
+        self._moving.discard(moving)
+        if not moving.cancelled():
+            moving.exception()  # it has been seen, though nobody may wait any more
+
+    async def _finish(self) -> None:
+        """What is on its way into the store leaves the stream, too."""
+        if self._moving:
+            await asyncio.wait(self._moving, timeout=_GRACE_SECONDS)
+        await self._access.close()
+
+    async def _move(self, stream: Opened, key: str, batch: list[Message], route: Route) -> None:
         """Into the store, and when that has them, out of the stream."""
-        pushing = asyncio.to_thread(self._push, stream, key, batch)
-        await asyncio.shield(asyncio.ensure_future(pushing))
-        doing = f"receive {key!a}"
-        entries = self._subjects.entries
-        await asyncio.gather(
-            *(stream.link.delete(entries, message.seq, doing=doing) for message in batch)
+        await asyncio.to_thread(self._push, stream, key, batch)
+        await stream.link.purge(  # all up to there are in the batch: it began with the first
+            self._subjects.entries,
+            self._subjects.entry(key),
+            below=batch[-1].seq + 1,
+            doing=f"receive {key!a}",
         )
+        route.sent += len(batch)
 
     def _push(self, stream: Opened, key: str, batch: list[Message]) -> None:
         with self._store.transaction() as together:

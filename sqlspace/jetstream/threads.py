@@ -50,10 +50,9 @@ class _Engine:
         try:
             self.loop.run_forever()
             self.loop.run_until_complete(self.space.close())
-            tasks = asyncio.all_tasks(self.loop)
-            for task in tasks:
-                task.cancel()
-            if tasks:
+            while tasks := asyncio.all_tasks(self.loop):  # nats-py's, which may begin others
+                for task in tasks:
+                    task.cancel()
                 self.loop.run_until_complete(asyncio.wait(tasks))
         finally:
             self.ended = True
@@ -262,7 +261,7 @@ class JetStream:
         try:
             _Call(engine, engine.space.open).result()
         except BaseException:
-            engine.stop()
+            engine.close()
             raise
         return engine
 

@@ -46,19 +46,6 @@ async def _read(self, stream, key, entries):
     return found._replace(names=frozenset())
 endpoint.JetStreamSender._read, read = _read, endpoint.JetStreamSender._read
 """,
-    "one-by-one": """
-from sqlspace.jetstream.link import Link, DUPLICATE_IN_BATCH, RefusedError
-async def publish_batch(self, messages, *, doing):
-    try:
-        return await publish(self, messages, doing=doing)
-    except RefusedError as error:
-        if error.number != DUPLICATE_IN_BATCH:
-            raise
-        for subject, payload, message_id, own in messages:
-            seq = await self.publish(subject, payload, headers=own, message_id=message_id)
-        return seq
-Link.publish_batch, publish = publish_batch, Link.publish_batch
-""",
     "no-order": """
 wanted = forwarding.checked_lease
 forwarding.checked_lease = lambda *given, ordered: wanted(*given, ordered=False)
