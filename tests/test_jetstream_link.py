@@ -222,3 +222,24 @@ def test_a_batch_rings_for_each_of_its_messages(nats_server):
         await link.close(1.0)
 
     asyncio.run(run())
+
+
+def test_what_is_too_large_is_refused_before_it_is_sent(nats_server):
+    """The server would cut the connection over it."""
+    name = next(names)
+
+    async def run():
+        link = await open_link(nats_server.url, name)
+        asked = link.requests
+        for payload, headers in ((b"x" * link.max_payload, {}), (b"", {"H": "é" * 600_000})):
+            with pytest.raises(ValueError, match="must be at most 1,048,576 bytes here"):
+                await link.publish(f"{name}.key.a", payload, headers=headers)
+            with pytest.raises(ValueError, match="must be at most 1,048,576 bytes here"):
+                await link.publish_many([Outgoing(f"{name}.key.a", payload, "id", headers)])
+        assert link.requests == asked
+        large = b"x" * (link.max_payload - 600)
+        await link.publish_many([Outgoing(f"{name}.key.a", large, f"id{n}") for n in range(3)])
+        assert await held(link, name) == [large] * 3
+        await link.close(1.0)
+
+    asyncio.run(run())
