@@ -2,8 +2,9 @@
 
 Beside the limit that SQLite sets: the same statements, raw. Beside other queues in a SQLite file,
 and servers that are on PATH, at the same durability. Threads beside one thread, processes beside
-one process, a crowded store beside an empty one. What counts is the ratio of the medians: the
-figures themselves change with the machine and with what else it does.
+one process, a crowded store beside an empty one; forwarding beside the slower of its two ends. What
+counts is the ratio of the medians: the figures themselves change with the machine and with what
+else it does.
 
 With --into, the tables are written as bench.md and the picture as bench.svg.
 """
@@ -15,8 +16,10 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 
+import bench_aio
 import bench_alone
 import bench_backlog
+import bench_forward
 import bench_jetstream
 import bench_latency
 import bench_life
@@ -36,10 +39,12 @@ SECTIONS: Mapping[str, Callable[[Plan], list[Part]]] = {
     "limits": bench_limits.limits,
     "alone": bench_alone.alone,
     "threads": bench_together.threads,
+    "aio": bench_aio.coroutines,
     "processes": bench_together.processes,
     "peers": bench_peers.alone,
     "crowds": bench_peers.crowded,
     "servers": bench_servers.servers,
+    "forward": bench_forward.forwarding,
     "jetstream": bench_jetstream.jetstream,
     "latency": bench_latency.latency,
     "bystanders": bench_waiting.bystanders,

@@ -25,6 +25,7 @@ from .errors import (
     StoreError,
     UndecidedError,
 )
+from .forwarding import forward
 from .local import Local
 from .outbox import push_on
 from .records import Compaction, Entry, KeyStats, Stats, Tombstone
@@ -62,6 +63,7 @@ __all__ = [
     "Transaction",
     "UndecidedError",
     "call",
+    "forward",
     "open",
     "push_on",
     "serve",

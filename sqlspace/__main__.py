@@ -1,7 +1,7 @@
 """`sqlspace` and `python -m sqlspace`: the command line, if what it needs is installed.
 
 Nothing else of the package imports `cli` and what it is made of (`looking`, `options`, `running`,
-`terminal`, `top`), which need click and rich; those come with the extra `cli`.
+`terminal`, `top`, …), which need click, rich and tenacity; those come with the extra `cli`.
 """
 
 import sys

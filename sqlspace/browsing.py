@@ -221,7 +221,8 @@ def seconds_ahead(database: Database, tokens: Iterable[str], since: int) -> floa
         tokens: What is waited for.
         since: When it was last looked for; what has changed since is 0 or less seconds ahead.
     """
-    ahead: float | None = database.browse(lambda connection: _ahead(connection, tokens, since))
+    with _of_right_types(database):
+        ahead: float | None = database.browse(lambda connection: _ahead(connection, tokens, since))
     return ahead
 
 

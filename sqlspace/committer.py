@@ -232,14 +232,14 @@ class Committer:
             finally:
                 self.leader = None
         if self.queue:
-            self._wake_first()
+            self.wake_first()
 
     def _join(self, operation: Operation, thread: int) -> None:
         """Wait in the queue until it is finished, leading when nobody else does."""
         try:
             self.joined[thread] = []
             while not operation.finished:
-                self._enqueue(operation)
+                self.join(operation)
                 self._ensure_usable(operation)
                 if operation.awaits or self.leader is not None or self._is_behind(operation):
                     self._park(operation)
@@ -289,7 +289,7 @@ class Committer:
         if operation.done and operation.finished:
             self._file.undo(operation)
         self.joined.pop(thread, None)
-        self._wake_first()
+        self.wake_first()
 
     def seize(self, seizure: Seizure, held: list[Any], enter: Callable[[], bool]) -> None:
         """Take the lock and the turnstile, until `release`, which must follow even if this raises.
@@ -321,7 +321,7 @@ class Committer:
     def _has_seized(self, seizure: Seizure, held: list[Any], enter: Callable[[], bool]) -> bool:
         waits = self.leader is not None or self._is_behind(seizure)
         if waits and not seizure.granted:
-            self._enqueue(seizure)
+            self.join(seizure)
             return False
         held.extend(filter(_ACQUIRE, (self.lock,)))  # one C call: no Ctrl-C comes in between
         self.leader = threading.get_ident()
@@ -353,7 +353,7 @@ class Committer:
             self.leader = None
             del held[:]
             lock.release()
-        self._wake_first()
+        self.wake_first()
 
     # -- with the lock
 
@@ -365,7 +365,7 @@ class Committer:
             self._turnstile = turnstile
             self.waiting = True
         operation.awaits = True
-        self._enqueue(operation)
+        self.join(operation)
         self._send()
         return False
 
@@ -402,7 +402,7 @@ class Committer:
 
     # -- the queue
 
-    def _enqueue(self, operation: Operation) -> None:
+    def join(self, operation: Operation) -> None:
         """Put it there, if it isn't; by its own thread."""
         if operation.latch is None:
             latch = threading.Lock()
@@ -420,7 +420,7 @@ class Committer:
             return False
         return True
 
-    def _wake_first(self) -> None:
+    def wake_first(self) -> None:
         """Wake the first that may lead."""
         for each in list(self.queue):
             if not each.awaits:
@@ -454,7 +454,7 @@ class Committer:
                 entered = self._turnstile.wait()
                 with self.lock:
                     self._serve(entered=entered)
-                self._wake_first()
+                self.wake_first()
 
     def _is_closed(self) -> bool:
         return self._closed

@@ -110,6 +110,25 @@ class Database:
             if self._unclosed:
                 self.close()
 
+    def write_all(self, operations: Sequence[Operation]) -> None:
+        """Carry out what several callers want who don't wait here, in as few commits as can be.
+
+        Each that was refused has its own `error` afterwards, and nothing is raised.
+        """
+        thread = threading.get_ident()
+        deadline = time.monotonic() + self._busy_timeout
+        for operation in operations:
+            operation.deadline = deadline
+            self._committer.join(operation)
+        for operation in operations:
+            if not operation.finished:
+                try:
+                    self._committer.submit(operation, thread)
+                except Exception as error:  # noqa: BLE001  # raised where it was asked for
+                    operation.error = error
+        if self._unclosed:
+            self.close()
+
     def transact(
         self,
         step: Step,
@@ -190,6 +209,7 @@ class Database:
                     self._commits.take_all_back([operation], self._session, committed=True)
             finally:
                 committer.leader = None
+        committer.wake_first()  # it may have come while somebody led
 
     def _seize(self, held: list[Any]) -> Session:
         """Go in alone, until `end`."""

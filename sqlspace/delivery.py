@@ -28,7 +28,7 @@ from .waiting import surely
 if TYPE_CHECKING:
     from .store import Store
 
-__all__ = ["Delivery", "Renewals", "ack_many"]
+__all__ = ["Ack", "Delivery", "Nack", "Renewals", "ack_all", "extend_many", "give_back"]
 
 log = logging.getLogger("sqlspace")
 
@@ -69,6 +69,16 @@ class Delivery:
         self._lost = False
 
     @property
+    def id(self) -> str:
+        """Names the entry among those of all files, the same each time that it is delivered.
+
+        FILE/SEQ/PUSHED: the file's random id, the seq, and when it was pushed, in Unix
+        microseconds. The last is for a file that was restored from a backup: it has the id of the
+        lost one, and gives some seqs once more.
+        """
+        return f"{self._database.file_id}/{self.seq}/{self._grant.head.pushed_at}"
+
+    @property
     def deadline(self) -> float:
         """When the lease ends unless it is extended, in Unix seconds."""
         return self._grant.deadline / 1e6
@@ -85,7 +95,7 @@ class Delivery:
             LeaseError: The delivery is settled, or its lease is lost; nothing changed.
             ClosedError, StoreError: The lease goes on, unless it is an UndecidedError.
         """
-        self._database.write(_Ack([self]))
+        self._database.write(Ack([self]))
 
     def nack(self, delay: float = 0.0) -> None:
         """The work is not done: give the entry back to its old place, for the next claim.
@@ -100,7 +110,7 @@ class Delivery:
             LeaseError, ClosedError, StoreError: as `ack`.
         """
         micros = check_delay_micros(delay, None)
-        self._database.write(_Nack(self, micros))
+        self._database.write(Nack(self, micros))
 
     def extend(self, lease: float) -> None:
         """Have the lease end `lease` seconds from now, sooner or later than it would have.
@@ -228,10 +238,11 @@ class _Settling(Operation):
         entries.unack(connection, delivery._grant)  # noqa: SLF001
 
 
-class _Ack(_Settling):
+class Ack(_Settling):
     """Acks one, in one statement."""
 
     def step(self, connection: Connection) -> Iterable[str]:
+        """As `Operation` has it."""
         (delivery,) = self._deliveries
         rings = delivery._ack_in(connection, self.done)  # noqa: SLF001
         self.mark(delivery)
@@ -257,7 +268,7 @@ class _AckAll(_Settling):
         return rings
 
 
-class _Nack(_Settling):
+class Nack(_Settling):
     """Gives one back."""
 
     whole = True
@@ -267,6 +278,7 @@ class _Nack(_Settling):
         self._delay = delay
 
     def step(self, connection: Connection) -> Iterable[str]:
+        """As `Operation` has it."""
         (delivery,) = self._deliveries
         rings = delivery._nack_in(connection, self._delay)  # noqa: SLF001
         self.mark(delivery)
@@ -276,8 +288,63 @@ class _Nack(_Settling):
         """Cut off behind its commit, it stays done."""
 
 
-def ack_many(store: "Store", database: Database, given: Sequence[object]) -> None:
-    """Ack all of them in one transaction, or none."""
+class _GiveBack(_Settling):
+    """Gives several back as if they had never been claimed, and nacks the first of them."""
+
+    whole = True
+
+    def __init__(self, deliveries: Sequence[Delivery], delay: int | None) -> None:
+        super().__init__(deliveries)
+        self._delay = delay
+
+    def step(self, connection: Connection) -> Iterable[str]:
+        rings: dict[str, None] = {}
+        for place, delivery in enumerate(self._deliveries):
+            if delivery._settled:  # noqa: SLF001
+                continue
+            if place == 0 and self._delay is not None:
+                rings.update(dict.fromkeys(delivery._nack_in(connection, self._delay)))  # noqa: SLF001
+            else:
+                entries.unlease(connection, delivery._grant)  # noqa: SLF001
+                rings[delivery.key] = None
+            self.mark(delivery)
+        return rings
+
+    def _unsettle(self, connection: Connection, delivery: Delivery) -> None:
+        """As that of a nack."""
+
+
+def give_back(
+    database: Database, deliveries: Sequence[Delivery], *, delay: float | None = None
+) -> None:
+    """Give all of them back, in one transaction: no attempt counts, nor does a lost lease matter.
+
+    Args:
+        database: Theirs.
+        deliveries: In order; those that are settled are left alone.
+        delay: Seconds; None, or the first of them is nacked, and its attempt counts. LeaseError
+            then if its lease is lost, and nothing changed.
+    """
+    micros = None if delay is None else check_delay_micros(delay, None)
+    database.write(_GiveBack(deliveries, micros))
+
+
+def extend_many(database: Database, deliveries: Sequence[Delivery]) -> None:
+    """Have the leases of all of them begin anew, in one transaction; LeaseError: one is lost."""
+
+    def step(connection: Connection) -> Iterable[str]:
+        for delivery in deliveries:
+            delivery._extend_in(connection, delivery._grant.micros)  # noqa: SLF001
+        return ()
+
+    database.transact(step)
+
+
+def ack_all(store: "Store", database: Database, given: Iterable[object]) -> Operation:
+    """The operation that acks all of them, or none."""
+    if isinstance(given, Delivery | memoryview) or not isinstance(given, Iterable):
+        wanted = "an iterable of sqlspace.Delivery"
+        raise TypeError(f"deliveries must be {wanted}, not {kind(given)}")
     deliveries: list[Delivery] = []
     for index, delivery in enumerate(given):
         if not isinstance(delivery, Delivery):
@@ -285,7 +352,7 @@ def ack_many(store: "Store", database: Database, given: Sequence[object]) -> Non
             raise TypeError(f"{argument} must be a sqlspace.Delivery, not {kind(delivery)}")
         delivery._ensure_of(store)  # noqa: SLF001
         deliveries.append(delivery)
-    database.write(_AckAll(deliveries, database.history()))
+    return _AckAll(deliveries, database.history())
 
 
 # -- renewing

@@ -16,14 +16,14 @@ from .connection import Connection
 from .database import Database
 from .entries import Head
 from .errors import DecodeError, SpaceError
-from .pushing import Push, push
+from .pushing import Push
 from .space import Context
-from .waiting import Waiter
+from .waiting import Vigil, Waiter, wait
 
 if TYPE_CHECKING:
     from .store import Store
 
-__all__ = ["DurableSpace", "dumps_json", "loads_json"]
+__all__ = ["DurableSpace", "UnreadableError", "dumps_json", "loads_json"]
 
 
 def dumps_json(value: Any) -> bytes:
@@ -37,7 +37,7 @@ def loads_json(payload: bytes) -> Any:
     return json.loads(payload.decode())
 
 
-class _UnreadableError(SpaceError):
+class UnreadableError(SpaceError):
     """The codec's own error is its cause."""
 
     def __init__(self, head: Head) -> None:
@@ -77,9 +77,7 @@ class DurableSpace:
         Raises:
             ClosedError, StoreError: as `Store.push`.
         """
-        key = check_key(key)
-        payload = check_payload(self._dumps(value), "what dumps returns")
-        push(self._database, Push(key, payload, ttl=ttl))
+        self._database.write(self._adding(key, value, ttl))
 
     def in_(self, key: str, timeout: float | None = None, *, context: Context | None = None) -> Any:
         """Take the head of `key`, waiting for one; raises as `Store.pull`.
@@ -88,27 +86,22 @@ class DurableSpace:
             DecodeError: The codec can't read the head, which is under KEY/dead now, or, if `key` is
                 too long for that, where it was.
         """
-        keys = [check_key(key)]
+        key = check_key(key)
         values: list[Any] = []
+        make = self._grabs(key, values)
         try:
-            taking.wait_and_grab(
-                self._database,
-                lambda waiter: taking.Grab(self._database, keys, waiter, self._reading(values)),
-                keys,
-                timeout,
-                context,
-            )
-        except _UnreadableError as error:
+            taking.wait_and_grab(self._database, make, [key], timeout, context)
+        except UnreadableError as error:
             raise self._bury(error.head) from error.__cause__
         return values[-1]
 
     def inp(self, key: str, default: Any = None) -> Any:
         """Take the head of `key`, or return `default`; never waits. Raises as `in_`."""
         values: list[Any] = []
-        grab = taking.Grab(self._database, [check_key(key)], None, self._reading(values))
+        grab = self._grabs(check_key(key), values)(None)
         try:
             return values[-1] if grab.run() else default
-        except _UnreadableError as error:
+        except UnreadableError as error:
             raise self._bury(error.head) from error.__cause__
 
     def rd(self, key: str, timeout: float | None = None, *, context: Context | None = None) -> Any:
@@ -117,15 +110,7 @@ class DurableSpace:
         Raises:
             DecodeError: The codec can't read the head, which stays.
         """
-        key = check_key(key)
-        absent = object()
-
-        def look(waiter: Waiter, _: bool) -> None:
-            value = self.rdp(key, absent)
-            if value is not absent:
-                waiter.found = value
-
-        return taking.wait_for(self._database, look, [key], timeout, context)
+        return wait(self._vigil_to_read(check_key(key)), timeout, context)
 
     def rdp(self, key: str, default: Any = None) -> Any:
         """Return the head of `key` and leave it there, or return `default`. Raises as `rd`."""
@@ -163,8 +148,18 @@ class DurableSpace:
     def __repr__(self) -> str:
         return f"<sqlspace.DurableSpace over {self._store!r}>"
 
-    def _reading(self, values: list[Any]) -> Callable[[Head], None]:
-        """Decodes a head before it is taken."""
+    # -- what the verbs for coroutines share
+
+    def _adding(self, key: str, value: Any, ttl: float | None) -> Push:
+        """The operation that adds `value`."""
+        key = check_key(key)
+        return Push(key, check_payload(self._dumps(value), "what dumps returns"), ttl=ttl)
+
+    def _grabs(self, key: str, values: list[Any]) -> Callable[[Waiter | None], taking.Grab]:
+        """Makes attempts to take the head, of the waiter each gets; decoded first, into `values`.
+
+        They raise UnreadableError for one that must be buried.
+        """
 
         def accept(head: Head) -> None:
             try:
@@ -172,9 +167,20 @@ class DurableSpace:
             except Exception as error:
                 if self._is_readable(head.payload):
                     raise
-                raise _UnreadableError(head) from error
+                raise UnreadableError(head) from error
 
-        return accept
+        return lambda waiter: taking.Grab(self._database, [key], waiter, accept)
+
+    def _vigil_to_read(self, key: str) -> Vigil:
+        """A vigil that finds the head's value."""
+        absent = object()
+
+        def look(waiter: Waiter, _: bool) -> None:
+            value = self.rdp(key, absent)
+            if value is not absent:
+                waiter.found = value
+
+        return taking.vigil(self._database, look, [key])
 
     def _is_readable(self, payload: bytes) -> bool:
         """Whether what was raised was no verdict over the entry, but an alarm's TimeoutError."""

@@ -13,7 +13,7 @@ a token stands in a row that is leased, or was when it was acked.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any, NamedTuple
 
 from . import ageing, dead_letters, upkeep
@@ -54,6 +54,7 @@ __all__ = [
     "requeue",
     "take",
     "unack",
+    "unbarred",
     "unlease",
 ]
 
@@ -119,11 +120,13 @@ SELECT seq, key, CAST(ifnull(payload, x'') AS BLOB), CAST(headers AS BLOB), push
   FROM sqlspace_entries INDEXED BY sqlspace_entries_live
  WHERE key = ?2 AND state = 0 AND state < 3 AND {UNEXPIRED} ORDER BY seq LIMIT ?3
 """
-SELECT_BLOCKED = f"""
-SELECT 1 FROM sqlspace_entries INDEXED BY sqlspace_entries_live
+BARRING = f"""
+FROM sqlspace_entries INDEXED BY sqlspace_entries_live
  WHERE key = ?2 AND state = 2 AND state < 3 AND seq < ?3 AND {HELD}
-   AND (deadline IS NOT NULL OR {UNEXPIRED}) LIMIT 1
+   AND (deadline IS NOT NULL OR {UNEXPIRED})
 """
+SELECT_BLOCKED = f"SELECT 1 {BARRING} LIMIT 1"
+SELECT_BARS = f"SELECT seq, token {BARRING} ORDER BY seq"
 
 # -- taking and leasing
 
@@ -332,6 +335,18 @@ def heads(connection: Connection, key: str, now: int, limit: int) -> list[Head]:
 def blocked(connection: Connection, key: str, seq: int, now: int) -> bool:
     """Whether an earlier entry of `key` is leased, or waits out a nack's delay."""
     return bool(connection.execute(SELECT_BLOCKED, (now, key, seq)).fetchall())
+
+
+def unbarred(
+    connection: Connection, found: Sequence[Head], now: int, own: Container[bytes]
+) -> Sequence[Head]:
+    """Of heads of one key, those before which nothing is held but by leases of one's own."""
+    if found:
+        last = found[-1]
+        for seq, token in connection.execute(SELECT_BARS, (now, last.key, last.seq)):
+            if token not in own:
+                return [head for head in found if head.seq < seq]
+    return found
 
 
 # -- taking and leasing: one C call from the commit to the note of it in `done`

@@ -28,7 +28,7 @@ from typing import Any, Self, final
 from .arguments import check_key, check_keys, check_timeout, check_ttl, good_keys
 from .errors import ClosedError
 from .space import Context, check_context
-from .waiting import MISSING, Waiter, surely, wait
+from .waiting import MISSING, Vigil, Waiter, surely, wait
 
 __all__ = ["Local"]
 
@@ -255,8 +255,9 @@ class Local:
 
     def rd(self, key: str, timeout: float | None = None, *, context: Context | None = None) -> Any:
         """Return the head of `key` and leave it there, waiting for one; raises as `in_`."""
-        key = check_key(key)
+        return wait(self._reading(check_key(key)), timeout, context)
 
+    def _reading(self, key: str) -> Vigil:
         def look(waiter: Waiter, enroll: bool) -> None:
             with self._lock:
                 self._ensure_open()
@@ -267,21 +268,15 @@ class Local:
                 if enroll and waiter.found is MISSING:
                     self._bag(key).readers[waiter] = None
 
-        return wait(
-            look,
-            leave=partial(self._leave, [key]),
-            restore=lambda _waiter: None,
-            ensure_open=self._ensure_open,
-            timeout=timeout,
-            context=context,
-        )
+        return Vigil(look, leave=partial(self._leave, [key]), ensure_open=self._ensure_open)
 
     def nrd(
         self, key: str, timeout: float | None = None, *, context: Context | None = None
     ) -> None:
         """Wait until `key` holds no entry, by takers or by expiry; raises as `in_`."""
-        key = check_key(key)
+        wait(self._draining(check_key(key)), timeout, context)
 
+    def _draining(self, key: str) -> Vigil:
         def look(waiter: Waiter, enroll: bool) -> None:
             with self._lock:
                 self._ensure_open()
@@ -295,15 +290,8 @@ class Local:
             with self._lock:  # no later than the first entry of this key that expires
                 return self._expiries[0][0] - time.monotonic() if self._expiries else None
 
-        wait(
-            look,
-            leave=partial(self._leave, [key]),
-            restore=lambda _waiter: None,
-            ensure_open=self._ensure_open,
-            timeout=timeout,
-            context=context,
-            horizon=horizon,
-        )
+        leave = partial(self._leave, [key])
+        return Vigil(look, leave=leave, ensure_open=self._ensure_open, horizon=horizon)
 
     def inp(self, key: str, default: Any = None) -> Any:
         """Take the head of `key`, or return `default`; never waits."""
@@ -400,7 +388,10 @@ class Local:
         looked: bool = False,
     ) -> _Taken:
         """Take from the first of `keys` that has an entry."""
+        taken: _Taken = wait(self._taking(keys), timeout, context, looked=looked)
+        return taken
 
+    def _taking(self, keys: list[str]) -> Vigil:
         def look(waiter: Waiter, enroll: bool) -> None:
             if waiter.found is not MISSING:  # out() has handed it over
                 return
@@ -410,16 +401,12 @@ class Local:
                     _expired = self._sweep() if self._expiries else None
                     self._take(keys, waiter, enroll)
 
-        taken: _Taken = wait(
+        return Vigil(
             look,
             leave=partial(self._leave, keys),
             restore=self._restore,
             ensure_open=self._ensure_open,
-            timeout=timeout,
-            context=context,
-            looked=looked,
         )
-        return taken
 
     def _restore(self, waiter: Waiter) -> None:
         self._give_back(waiter.found)

@@ -18,15 +18,14 @@ from .arguments import (
     check_size,
     check_ttl_micros,
 )
-from .committer import Operation
+from .committer import Operation, Work
 from .connection import Connection, run
 from .database import Database
 from .doorbell import room_token
 from .errors import DeadlineError
-from .space import Context
-from .waiting import Waiter
+from .waiting import Vigil, Waiter
 
-__all__ = ["Batch", "Push", "push", "push_many", "push_when_room"]
+__all__ = ["Adding", "Batch", "Push", "adding", "push", "push_many", "vigil_for_room"]
 
 _LONGEST_PAGE = 65536
 _INDEX_BYTES = 32  # of a row, or of its place in an index, beside the key
@@ -179,69 +178,76 @@ class Batch(NamedTuple):
         return list(range(last - len(self.payloads) + 1, last + 1))
 
 
-def push(database: Database, wanted: Push) -> int:
-    """Add an entry for which there need not be room; its seq."""
-    if wanted.dedupe is None:
-        database.write(wanted)
-        return wanted.seq
-    seq, _ = _look_and_add(database, wanted)
-    assert seq is not None
-    return seq
+def adding(database: Database, wanted: Push) -> "Push | Adding":
+    """The operation that adds it, if there need not be room: its `seq` is the entry's then."""
+    return wanted if wanted.dedupe is None else Adding(database, wanted)
 
 
-def _look_and_add(database: Database, wanted: Push) -> tuple[int | None, bool]:
-    """Look and add in one transaction; as `Push.add`."""
-    seq: int | None = None
+class Adding(Operation):
+    """A look and, if what it finds allows that, an entry to add.
+
+    Attributes:
+        seq: The entry's, or of the one with the same dedupe; 0: there is no room.
+        new: Whether it was added.
+    """
+
+    whole = True
+    seq = 0
     new = False
 
-    def step(connection: Connection) -> Iterable[str]:
-        nonlocal seq, new
-        seq, new = wanted.add(connection, database.history())
-        if new:
-            return (wanted.key, *ageing.expire(connection, clock.now()))
-        if seq is not None and database.options.sync:
+    def __init__(self, database: Database, wanted: Push) -> None:
+        super().__init__()
+        self.adds, self.largest = wanted.adds, wanted.largest
+        self._database = database
+        self._wanted = wanted
+
+    def step(self, connection: Connection) -> Iterable[str]:
+        """Look and add."""
+        seq, self.new = self._wanted.add(connection, self._database.history())
+        self.seq = seq or 0
+        if self.new:
+            return (self._wanted.key, *ageing.expire(connection, clock.now()))
+        if self.seq and self._database.options.sync:
             # What another store pushed without sync may not be on the disk yet.
-            database.touch(connection)
+            self._database.touch(connection)
         return ()
 
-    def undo(connection: Connection) -> None:
-        if new and seq is not None:
-            upkeep.erase(connection, wanted.key, seq)
-
-    database.transact(step, undo=undo, adds=wanted.adds, largest=wanted.largest)
-    return seq, new
+    def undo(self, connection: Connection) -> None:
+        """Erase what was added."""
+        if self.new:
+            upkeep.erase(connection, self._wanted.key, self.seq)
 
 
-def push_when_room(
-    database: Database, wanted: Push, timeout: float | None, context: Context | None
-) -> int:
-    """Add the entry as soon as there is room; its seq."""
+def push(database: Database, wanted: Push) -> int:
+    """Add an entry for which there need not be room; its seq."""
+    operation = adding(database, wanted)
+    database.write(operation)
+    return operation.seq
+
+
+def vigil_for_room(database: Database, wanted: Push) -> Vigil:
+    """A vigil that adds the entry as soon as there is room, and finds the operation that did."""
     token = room_token(wanted.key)
 
     def look(waiter: Waiter, _: bool) -> None:
-        seq, new = _look_and_add(database, wanted)
-        if seq is None:
-            return
-        waiter.found = seq, new
+        attempt = Adding(database, wanted)
+        database.write(attempt)
+        if attempt.seq:
+            waiter.found = attempt
 
     def restore(waiter: Waiter) -> None:
-        seq, new = waiter.found
-
         def step(connection: Connection) -> Iterable[str]:
-            upkeep.erase(connection, wanted.key, seq)
+            waiter.found.undo(connection)
             return (token,)
 
-        if new:
+        if waiter.found.new:
             database.transact(step)
 
-    found: tuple[int, bool] = taking.wait_for(
-        database, look, [token], timeout, context, restore=restore, limit=wanted.max_len
-    )
-    return found[0]
+    return taking.vigil(database, look, [token], restore=restore, limit=wanted.max_len)
 
 
-def push_many(database: Database, wanted: Batch) -> list[int]:
-    """Add all of them, or none; their seqs."""
+def push_many(wanted: Batch) -> tuple[Operation, list[int]]:
+    """The operation that adds all of them, or none, and the list that gets their seqs."""
     seqs: list[int] = []
 
     def step(connection: Connection) -> Iterable[str]:
@@ -252,9 +258,6 @@ def push_many(database: Database, wanted: Batch) -> list[int]:
         for seq in reversed(seqs):
             upkeep.erase(connection, wanted.key, seq)
 
-    if wanted.payloads:
-        largest = max(map(len, wanted.payloads))
-        database.transact(step, undo=undo, adds=wanted.size, largest=largest)
-    else:
-        database.ensure_open()
-    return seqs
+    largest = max(map(len, wanted.payloads), default=0)
+    probe = None if wanted.payloads else lambda _: False
+    return Work(step, probe, undo, adds=wanted.size, largest=largest), seqs

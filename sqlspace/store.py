@@ -22,7 +22,6 @@ from .arguments import (
     check_size,
     check_timeout,
     check_ttl_micros,
-    kind,
 )
 from .connection import Connection, Options
 from .database import Database
@@ -31,14 +30,14 @@ from .doorbell import room_token
 from .durable import DurableSpace, dumps_json, loads_json
 from .entries import Grant, Lease
 from .errors import CanceledError, ClosedError, DeadlineError, StoreError
-from .pushing import Batch, Push
+from .pushing import Adding, Batch, Push
 from .records import Compaction, Entry, Stats, Tombstone
 from .space import Context, check_context
 from .taking import Claim, Grab
 from .transaction import Transaction
-from .waiting import Waiter
+from .waiting import wait
 
-__all__ = ["Store", "open", "open_existing"]
+__all__ = ["Store", "checked_keys", "checked_lease", "checked_limit", "open", "open_existing"]
 
 
 class Store:
@@ -113,7 +112,8 @@ class Store:
             max_len=max_len,
         )
         if max_len is not None:
-            return pushing.push_when_room(self._database, wanted, timeout, context)
+            added: Adding = wait(pushing.vigil_for_room(self._database, wanted), timeout, context)
+            return added.seq
         if timeout is not None or context is not None:
             check_timeout(timeout)
             check_context(context)
@@ -142,7 +142,9 @@ class Store:
         Raises:
             ClosedError, StoreError: as `push`.
         """
-        return pushing.push_many(self._database, Batch.checked(key, payloads, ttl, delay))
+        work, seqs = pushing.push_many(Batch.checked(key, payloads, ttl, delay))
+        self._database.write(work)
+        return seqs
 
     def put(self, key: str, payload: bytes, *, ttl: float | None = None) -> int:
         """Make `payload` the one entry of `key`, in place of all that it held, in one transaction.
@@ -233,7 +235,9 @@ class Store:
             ClosedError, StoreError: as `pull`.
         """
         key = check_key(key)
-        return taking.pull_many(self._database, key, _checked_limit(limit))
+        work, payloads = taking.pull_many(self._database, key, checked_limit(limit))
+        self._database.write(work)
+        return payloads
 
     def remove(self, key: str, seq: int) -> bool:
         """Delete one live entry, ready, delayed or leased; it leaves no tombstone.
@@ -316,8 +320,8 @@ class Store:
             ClosedError, CanceledError, DeadlineError: asked for in this order; nothing was leased.
             StoreError: nothing was leased, unless it is an UndecidedError.
         """
-        keys = _checked_keys(key_or_keys)
-        wanted = _checked_lease(keys, lease, max_attempts, ordered)
+        keys = checked_keys(key_or_keys)
+        wanted = checked_lease(keys, lease, max_attempts, ordered)
         looked = context is None and bool(timeout is None or check_timeout(timeout))
         if looked:
             claim = Claim(self._database, keys, wanted, self._deliver)  # as in pull
@@ -343,8 +347,8 @@ class Store:
         ordered: bool = False,
     ) -> Delivery | None:
         """As `claim`, or None if no entry is ready; never waits for one."""
-        keys = _checked_keys(key_or_keys)
-        wanted = _checked_lease(keys, lease, max_attempts, ordered)
+        keys = checked_keys(key_or_keys)
+        wanted = checked_lease(keys, lease, max_attempts, ordered)
         claim = Claim(self._database, keys, wanted, self._deliver)
         return claim.delivery if claim.run() else None
 
@@ -360,10 +364,12 @@ class Store:
 
         Never waits; otherwise as `claim`. Fewer, or none, if there aren't so many.
         """
-        keys = _checked_keys(key_or_keys)
-        limit = _checked_limit(limit)
-        wanted = _checked_lease(keys, lease, max_attempts, ordered=False)
-        return taking.claim_many(self._database, keys, limit, wanted, self._deliver)
+        keys = checked_keys(key_or_keys)
+        limit = checked_limit(limit)
+        wanted = checked_lease(keys, lease, max_attempts, ordered=False)
+        work, deliveries = taking.claim_many(keys, limit, wanted, self._deliver)
+        self._database.write(work)
+        return deliveries
 
     def consume(
         self,
@@ -379,8 +385,8 @@ class Store:
         Each is the caller's to settle, so the loop's first line is mostly `with delivery:`. An
         exception that leaves that block gives the entry back, and ends the loop, too.
         """
-        keys = _checked_keys(key_or_keys)
-        _checked_lease(keys, lease, max_attempts, ordered)
+        keys = checked_keys(key_or_keys)
+        checked_lease(keys, lease, max_attempts, ordered)
         check_context(context)
 
         def deliveries() -> Iterator[Delivery]:
@@ -406,10 +412,7 @@ class Store:
             LeaseError: One of them is settled, or its lease is lost; nothing changed.
             ClosedError, StoreError: as `Delivery.ack`.
         """
-        if isinstance(deliveries, Delivery | memoryview) or not isinstance(deliveries, Iterable):
-            wanted = "an iterable of sqlspace.Delivery"
-            raise TypeError(f"deliveries must be {wanted}, not {kind(deliveries)}")
-        delivery.ack_many(self, self._database, list(deliveries))
+        self._database.write(delivery.ack_all(self, self._database, deliveries))
 
     def requeue(self, key: str) -> int:
         """Move the dead letters of `key` back to where they came from; how many.
@@ -467,20 +470,13 @@ class Store:
         self, key: str, timeout: float | None = None, *, context: Context | None = None
     ) -> None:
         """Wait until `key` has an entry that can be taken; takes nothing. Raises as `pull`."""
-        key = check_key(key)
-        self._wait_until(key, lambda: browsing.has_ready(self._database, key), timeout, context)
+        wait(taking.vigil_until_ready(self._database, check_key(key)), timeout, context)
 
     def wait_empty(
         self, key: str, timeout: float | None = None, *, context: Context | None = None
     ) -> None:
         """Wait until `key` holds no live entry. Raises as `pull`."""
-        key = check_key(key)
-        self._wait_until(
-            room_token(key),
-            lambda: not browsing.has_live(self._database, key),
-            timeout,
-            context,
-        )
+        wait(taking.vigil_until_empty(self._database, check_key(key)), timeout, context)
 
     # -- looking
 
@@ -623,15 +619,6 @@ class Store:
     def _deliver(self, grant: Grant) -> Delivery:
         return Delivery(self, self._renewals, grant)
 
-    def _wait_until(
-        self, token: str, met: Callable[[], bool], timeout: float | None, context: Context | None
-    ) -> None:
-        def look(waiter: Waiter, _: bool) -> None:
-            if met():
-                waiter.found = None
-
-        taking.wait_for(self._database, look, [token], timeout, context)
-
 
 def open(
     path: str | os.PathLike[str],
@@ -705,18 +692,19 @@ def open_existing(
     )
 
 
-def _checked_keys(key_or_keys: object) -> list[str]:
+def checked_keys(key_or_keys: object, argument: str = "key_or_keys") -> list[str]:
     """One key, or several."""
     if isinstance(key_or_keys, str):
-        return [check_key(key_or_keys, "key_or_keys")]
-    return check_keys(key_or_keys, "key_or_keys")
+        return [check_key(key_or_keys, argument)]
+    return check_keys(key_or_keys, argument)
 
 
-def _checked_limit(limit: object) -> int:
+def checked_limit(limit: object) -> int:
+    """Of entries at once."""
     return min(check_int(limit, "limit", 1), 1 << 62)
 
 
-def _checked_lease(keys: list[str], lease: object, max_attempts: object, ordered: object) -> Lease:
+def checked_lease(keys: list[str], lease: object, max_attempts: object, ordered: object) -> Lease:
     """What a claim wants."""
     micros = check_lease_micros(lease)
     flag = check_flag(ordered, "ordered")

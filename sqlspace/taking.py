@@ -11,27 +11,30 @@ nothing.
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any, Generic, TypeVar
 
 from . import ageing, browsing, clock, entries, upkeep
-from .committer import Operation
+from .committer import Operation, Work
 from .connection import Connection, disagreement
 from .database import Database
 from .doorbell import Doorbell, room_token
 from .entries import Grant, Head, Lease
 from .errors import SpaceError
 from .space import Context
-from .waiting import MISSING, Waiter, surely, wait
+from .waiting import MISSING, Vigil, Waiter, surely, wait
 
 __all__ = [
     "Claim",
     "Grab",
     "claim_many",
+    "grabbing",
     "pull_many",
     "take_up_to",
+    "vigil",
+    "vigil_until_empty",
+    "vigil_until_ready",
     "wait_and_grab",
-    "wait_for",
 ]
 
 log = logging.getLogger("sqlspace")
@@ -76,7 +79,7 @@ class Grab(Operation):
     def run(self) -> bool:
         """Make the attempt; whether there was one."""
         self.database.write(self)
-        if self.refusal is not None:
+        if self.refusal is not None:  # no call from here: Ctrl-C would find it outside of `write`
             raise self.refusal
         return self.got
 
@@ -180,7 +183,8 @@ class Grab(Operation):
     def undo(self, connection: Connection) -> None:
         """Put it back. Idempotent."""
         # If it was cut off just behind its one statement, it doesn't know yet.
-        got = self.got or (not self.whole and self.done and connection.changes())
+        cut_off = self.done and not self.finished and not self.whole
+        got = self.got or (cut_off and connection.changes())
         if got and not self.back:
             entries.put_back(self.back, connection, self.head)
 
@@ -276,8 +280,8 @@ class Claim(Grab, Generic[D]):
 # -- several at once
 
 
-def pull_many(database: Database, key: str, limit: int) -> list[bytes]:
-    """Take up to `limit` entries in one transaction."""
+def pull_many(database: Database, key: str, limit: int) -> tuple[Operation, list[bytes]]:
+    """The operation that takes up to `limit` entries, and the list that gets their payloads."""
     found: list[Head] = []
     payloads: list[bytes] = []
     back: list[Any] = []  # one for each that was put back
@@ -292,8 +296,7 @@ def pull_many(database: Database, key: str, limit: int) -> list[bytes]:
         for head in found[len(back) :]:
             entries.put_back(back, connection, head)
 
-    database.transact(step, probe=lambda connection: any_ready(connection, [key]), undo=undo)
-    return payloads
+    return Work(step, lambda connection: any_ready(connection, [key]), undo), payloads
 
 
 def take_up_to(connection: Connection, key: str, limit: int) -> tuple[list[Head], list[str]]:
@@ -306,9 +309,22 @@ def take_up_to(connection: Connection, key: str, limit: int) -> tuple[list[Head]
 
 
 def claim_many(
-    database: Database, keys: list[str], limit: int, wanted: Lease, deliver: Callable[[Grant], D]
-) -> list[D]:
-    """Lease up to `limit` entries in one transaction."""
+    keys: list[str],
+    limit: int,
+    wanted: Lease,
+    deliver: Callable[[Grant], D],
+    *,
+    own: Container[bytes] = (),
+) -> tuple[Operation, list[D]]:
+    """The operation that leases up to `limit` entries, and the list that gets the deliveries.
+
+    Args:
+        keys: In the order of preference.
+        limit: So many at most.
+        wanted: The leases; ordered, of each key those that nothing bars.
+        deliver: Makes what the caller gets.
+        own: Tokens of leases that bar nothing: the caller keeps the order of these itself.
+    """
     grants: list[Grant] = []
     deliveries: list[D] = []
 
@@ -319,7 +335,9 @@ def claim_many(
         for key in keys:
             left = limit - len(grants)
             rings += caught_up(connection, key, now, left)
-            found = entries.heads(connection, key, now, left)
+            found: Sequence[Head] = entries.heads(connection, key, now, left)
+            if wanted.ordered:
+                found = entries.unbarred(connection, found, now, own)
             grants.extend(entries.lease_all(connection, found, now, wanted))
             if len(grants) == limit:
                 break
@@ -330,8 +348,10 @@ def claim_many(
         for grant in grants:
             entries.unlease(connection, grant)
 
-    database.transact(step, probe=lambda connection: any_ready(connection, keys), undo=undo)
-    return deliveries
+    def probe(connection: Connection) -> bool:
+        return any_ready(connection, keys, ordered=wanted.ordered and not own)
+
+    return Work(step, probe, undo), deliveries
 
 
 def caught_up(connection: Connection, key: str, now: int, limit: int) -> list[str]:
@@ -341,10 +361,16 @@ def caught_up(connection: Connection, key: str, now: int, limit: int) -> list[st
     return ageing.catch_up(connection, key, now, max(limit, ageing.BATCH_ROWS))
 
 
-def any_ready(connection: Connection, keys: Iterable[str]) -> bool:
-    """Whether there is something to take, or to catch up with."""
+def any_ready(connection: Connection, keys: Iterable[str], *, ordered: bool = False) -> bool:
+    """Whether there is something to take, in its turn if it is ordered, or to catch up with."""
     now = clock.now()
-    return any(entries.look(connection, key, now) != (None, False) for key in keys)
+    for key in keys:
+        head, late = entries.look(connection, key, now)
+        if late:
+            return True
+        if head is not None and not (ordered and entries.blocked(connection, key, head.seq, now)):
+            return True
+    return False
 
 
 # -- waiting
@@ -360,7 +386,7 @@ def wait_and_grab(
     looked: bool = False,
     in_turn: bool = False,
 ) -> G:
-    """Make attempts until one succeeds.
+    """Make attempts until one succeeds; as `grabbing` has it.
 
     Args:
         database: Where.
@@ -368,9 +394,23 @@ def wait_and_grab(
         tokens: For which to be woken.
         timeout: Seconds, or None.
         context: Another bound, or None.
-        looked: As `wait_for` has it.
-        in_turn: As `wait_for` has it.
+        looked: Whether the caller has just looked, in vain.
+        in_turn: As `vigil` has it.
     """
+    grabbed: G = wait(
+        grabbing(database, make, tokens, in_turn=in_turn), timeout, context, looked=looked
+    )
+    return grabbed
+
+
+def grabbing(
+    database: Database,
+    make: Callable[[Waiter | None], Grab],
+    tokens: Sequence[str],
+    *,
+    in_turn: bool = False,
+) -> Vigil:
+    """A vigil that makes attempts until one succeeds, which is what it finds."""
 
     def look(waiter: Waiter, enrolled: bool) -> None:
         attempt = make(waiter if enrolled else None)
@@ -380,41 +420,25 @@ def wait_and_grab(
     def restore(waiter: Waiter) -> None:
         waiter.found.restore()
 
-    found: G = wait_for(
-        database,
-        look,
-        tokens,
-        timeout,
-        context,
-        restore=restore,
-        looked=looked,
-        in_turn=in_turn,
-    )
-    return found
+    return vigil(database, look, tokens, restore=restore, in_turn=in_turn)
 
 
-def wait_for(
+def vigil(
     database: Database,
     look: Callable[[Waiter, bool], None],
     tokens: Sequence[str],
-    timeout: float | None,
-    context: Context | None,
     *,
     restore: Callable[[Waiter], None] | None = None,
-    looked: bool = False,
     in_turn: bool = False,
     limit: int | None = None,
-) -> Any:
-    """Wait at the doorbell of a store.
+) -> Vigil:
+    """A vigil at the doorbell of a store.
 
     Args:
         database: Its file.
-        look: As `waiting.wait` has it.
+        look: As `Vigil` has it.
         tokens: For which to be woken.
-        timeout: Seconds, or None.
-        context: Another bound, or None.
         restore: Gives back what was found; whoever can is one that takes.
-        looked: Whether the caller has just looked, in vain.
         in_turn: Whether it waits for its turn: then also for what is held before to go.
         limit: If it waits for room: until there are fewer entries than that.
     """
@@ -449,14 +473,29 @@ def wait_for(
         if ahead is not None:  # the watch looks then, for all of this process at once
             database.bell.expect(ahead)
 
-    return wait(
+    return Vigil(
         look_enrolled,
         leave=leave,
         restore=restore or (lambda _: None),
         ensure_open=database.ensure_open,
-        timeout=timeout,
-        context=context,
-        looked=looked,
         park=park,
         horizon=horizon,
     )
+
+
+def vigil_until_ready(database: Database, key: str) -> Vigil:
+    """A vigil that ends when `key` has an entry ready, and takes nothing."""
+    return _vigil_until(database, key, lambda: browsing.has_ready(database, key))
+
+
+def vigil_until_empty(database: Database, key: str) -> Vigil:
+    """A vigil that ends when `key` holds no live entry."""
+    return _vigil_until(database, room_token(key), lambda: not browsing.has_live(database, key))
+
+
+def _vigil_until(database: Database, token: str, met: Callable[[], bool]) -> Vigil:
+    def look(waiter: Waiter, _: bool) -> None:
+        if met():
+            waiter.found = None
+
+    return vigil(database, look, [token])

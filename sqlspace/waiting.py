@@ -13,19 +13,21 @@ No loop stands directly inside a `with` of a lock, nor inside a `try` that takes
 CPython delivers Ctrl-C at a jump backwards too, and from 3.12 on compiles some of these out of the
 handler, so that a lock stayed taken. Such a loop is a function of its own.
 
-Backends differ in how they look, leave and restore, and in how they park; in nothing else.
+Backends differ in how they look, leave and restore, and in how they park; in nothing else, and all
+of that is a `Vigil`. Threads carry out its steps here, coroutines in `sqlspace.aio`.
 """
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Final
 
 from .arguments import check_timeout
 from .errors import CanceledError, DeadlineError, SpaceError
 from .space import Context, check_context
 
-__all__ = ["MISSING", "Waiter", "nearer_end", "surely", "wait"]
+__all__ = ["MISSING", "Vigil", "Waiter", "nearer_end", "surely", "wait"]
 
 MISSING: Final[Any] = object()
 
@@ -93,19 +95,12 @@ def surely(step: Callable[[], None]) -> BaseException | None:
             interrupt = error
 
 
-def wait(
-    look: Callable[[Waiter, bool], None],
-    *,
-    leave: Callable[[Waiter], None],
-    restore: Callable[[Waiter], None],
-    ensure_open: Callable[[], None],
-    timeout: float | None,
-    context: Context | None,
-    looked: bool = False,
-    park: Callable[[Waiter, float], object] = Waiter.park,
-    horizon: Callable[[], float | None] = lambda: None,
-) -> Any:
-    """Wait until `look` has put something into the waiter's `found`, and return that.
+Steps = Iterator[Callable[[], object] | float]
+"""Of a wait: what to call, and the seconds to park."""
+
+
+class Vigil:
+    """How one wait looks, leaves and gives back, and how it parks: all in which backends differ.
 
     Args:
         look: Called as `look(waiter, enroll)`: fill `found` if there is one; else, if asked to,
@@ -113,48 +108,116 @@ def wait(
         leave: Take the waiter from wherever `look` enrolled it. Idempotent.
         restore: Give back what is in `found`. Idempotent.
         ensure_open: Raises ClosedError.
-        timeout: Seconds, None for ever.
-        context: Another bound, or None.
-        looked: Whether the caller has just looked, in vain: then the first look is enrolled.
-        park: How the thread sleeps.
-        horizon: Seconds until something is to be seen that nobody will ring for, or None.
-
-    Raises:
-        ClosedError, CanceledError, DeadlineError: in this order; what `look` raises.
+        park: How a thread sleeps.
+        horizon: Seconds until something is to be seen that nobody will ring for, or None; asked
+            before each park.
     """
-    seconds = check_timeout(timeout)
-    check_context(context)
-    deadline = nearer_end(seconds, context)
-    waiter = Waiter()
-    enroll = looked  # most waits find something at the first look, and need not enroll
-    try:
-        if context is not None:
-            context._register(waiter)  # noqa: SLF001  # Context and its waits are one piece
+
+    __slots__ = ("ensure_open", "horizon", "leave", "look", "park", "restore")
+
+    def __init__(
+        self,
+        look: Callable[[Waiter, bool], None],
+        *,
+        leave: Callable[[Waiter], None],
+        restore: Callable[[Waiter], None] = lambda _: None,
+        ensure_open: Callable[[], None],
+        park: Callable[[Waiter, float], object] = Waiter.park,
+        horizon: Callable[[], float | None] = lambda: None,
+    ) -> None:
+        self.look = look
+        self.leave = leave
+        self.restore = restore
+        self.ensure_open = ensure_open
+        self.park = park
+        self.horizon = horizon
+
+    def steps(
+        self, waiter: Waiter, deadline: float | None, context: Context | None, *, looked: bool
+    ) -> Steps:
+        """What the wait does, one step after the other, until the waiter has found something.
+
+        To be carried out by `advance`, with a park after each, until that says that it is over.
+        When it raises, or when an interrupt cuts it off, `end` must follow.
+
+        Args:
+            waiter: Of this wait.
+            deadline: On the monotonic clock, or None.
+            context: Another bound, or None.
+            looked: Whether the caller has just looked, in vain: then the first look is enrolled.
+
+        Raises:
+            ClosedError, CanceledError, DeadlineError: in this order.
+        """
+        enroll = looked  # most waits find something at the first look, and need not enroll
         while True:
-            ensure_open()
+            self.ensure_open()
             if context is not None and context.canceled:
                 raise CanceledError("the wait's context was canceled")
-            look(waiter, enroll)
+            yield partial(self.look, waiter, enroll)
             if waiter.found is not MISSING:
                 break
             remaining = LOOK_AGAIN_SECONDS
             if deadline is not None:
                 remaining = min(remaining, deadline - time.monotonic())
                 if remaining <= 0:
-                    _run_out(waiter, leave if enroll else None)
-                    break
+                    if enroll:  # what it is handed until it has left is taken, though late: given
+                        yield partial(self.leave, waiter)  # back, another's would overtake it
+                    if waiter.found is MISSING:
+                        raise DeadlineError("the wait's time is over")
+                    return
             if enroll:
-                ahead = horizon()
-                park(waiter, remaining if ahead is None else max(0.0, min(remaining, ahead)))
+                yield remaining
             enroll = True
         if enroll:
-            leave(waiter)
+            yield partial(self.leave, waiter)
+
+    def advance(self, steps: Steps) -> float | None:
+        """Carry out the steps up to the next park; its seconds, at most, or None: it is over."""
+        for step in steps:
+            if not callable(step):
+                ahead = self.horizon()
+                return step if ahead is None else max(0.0, min(step, ahead))
+            step()
+        return None
+
+    def end(self, waiter: Waiter) -> None:
+        """Undo all that a wait has done. Idempotent."""
+        self.leave(waiter)
+        if waiter.found is not MISSING:
+            self.restore(waiter)
+
+
+def wait(
+    vigil: Vigil, timeout: float | None, context: Context | None, *, looked: bool = False
+) -> Any:
+    """Wait in this thread until something is found, and return that.
+
+    Args:
+        vigil: What is waited for.
+        timeout: Seconds, None for ever.
+        context: Another bound, or None.
+        looked: As `Vigil.steps` has it.
+
+    Raises:
+        ClosedError, CanceledError, DeadlineError: in this order; what a look raises.
+    """
+    seconds = check_timeout(timeout)
+    check_context(context)
+    deadline = nearer_end(seconds, context)
+    waiter = Waiter()
+    try:
+        if context is not None:
+            context._register(waiter)  # noqa: SLF001  # Context and its waits are one piece
+        _carry_out(vigil, waiter, vigil.steps(waiter, deadline, context, looked=looked))
         if context is not None:
             context._unregister(waiter)  # noqa: SLF001
     except BaseException:
 
         def end() -> None:
-            _end(waiter, leave, restore, context)
+            if context is not None:
+                context._unregister(waiter)  # noqa: SLF001
+            vigil.end(waiter)
 
         try:
             interrupt = surely(end)
@@ -167,15 +230,9 @@ def wait(
     return waiter.found
 
 
-def _run_out(waiter: Waiter, leave: Callable[[Waiter], None] | None) -> None:
-    """Raise DeadlineError, unless it was handed something until it left.
-
-    That is taken, though late: given back, it would be overtaken by what another taker was handed.
-    """
-    if leave is not None:
-        leave(waiter)
-    if waiter.found is MISSING:
-        raise DeadlineError("the wait's time is over")
+def _carry_out(vigil: Vigil, waiter: Waiter, steps: Steps) -> None:
+    while (seconds := vigil.advance(steps)) is not None:
+        vigil.park(waiter, seconds)
 
 
 def nearer_end(seconds: float | None, context: Context | None) -> float | None:
@@ -184,17 +241,3 @@ def nearer_end(seconds: float | None, context: Context | None) -> float | None:
     if context is not None and context.deadline is not None:
         deadline = context.deadline if deadline is None else min(deadline, context.deadline)
     return deadline
-
-
-def _end(
-    waiter: Waiter,
-    leave: Callable[[Waiter], None],
-    restore: Callable[[Waiter], None],
-    context: Context | None,
-) -> None:
-    """Undo all that a wait has done. Idempotent."""
-    leave(waiter)
-    if context is not None:
-        context._unregister(waiter)  # noqa: SLF001
-    if waiter.found is not MISSING:
-        restore(waiter)

@@ -49,7 +49,8 @@ READING = {
     "backup": ["backup", "FILE", "TARGET"],
 }
 NAMES = [
-    *("backup", "check", "compact", "dead", "history", "keys", "len", "peek", "pull", "push"),
+    *("backup", "check", "compact", "dead", "forward", "history", "keys", "len", "peek", "pull"),
+    "push",
     *("stats", "top"),
 ]
 

@@ -20,6 +20,7 @@ from click.testing import CliRunner
 import sqlspace
 import sqlspace.cli
 import sqlspace.cli.running
+import sqlspace.programs
 
 EVERY_BYTE = bytes(range(256))
 
@@ -513,7 +514,7 @@ def test_a_disk_with_no_room_for_stdin_is_exit_3_and_nacked(cli, path, store, mo
     """The line names the directory."""
     store.push("mail", bytes(100_000))
     monkeypatch.setattr(
-        sqlspace.cli.running.tempfile,
+        sqlspace.programs.tempfile,
         "TemporaryFile",
         lambda: open("/dev/full", "w+b"),  # noqa: SIM115
     )

@@ -1280,14 +1280,14 @@ def steady(store, number):
 def test_nobody_leads_past_a_transaction_that_waits(path, monkeypatch, number, sync):
     """However fast others push: what had begun is carried out, and then it goes in."""
     begun = []
-    enqueue = Committer._enqueue
+    enqueue = Committer.join
 
     def enqueueing(self, operation):
         enqueue(self, operation)
         if isinstance(operation, committer.Seizure) and not begun:
             begun.append(sum(counts))
 
-    monkeypatch.setattr(Committer, "_enqueue", enqueueing)
+    monkeypatch.setattr(Committer, "join", enqueueing)
     with sqlspace.open(path, sync=sync) as store:
         with steady(store, number) as counts:
             for _ in range(20):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sqlspace import CanceledError, ClosedError, Context, DeadlineError, Local
-from sqlspace.waiting import Waiter, wait
+from sqlspace.waiting import Vigil, Waiter
 
 LIMIT_SECONDS = 30.0
 
@@ -41,7 +41,7 @@ def naps(monkeypatch, clock) -> list[float]:
         naps.append(seconds)
         clock.now += seconds
 
-    monkeypatch.setitem(wait.__kwdefaults__, "park", nap)
+    monkeypatch.setitem(Vigil.__init__.__kwdefaults__, "park", nap)
     return naps
 
 
@@ -52,7 +52,7 @@ def park_and(monkeypatch, act: Any) -> None:
         act()
         assert waiter.park(LIMIT_SECONDS), "nobody woke it"
 
-    monkeypatch.setitem(wait.__kwdefaults__, "park", park)
+    monkeypatch.setitem(Vigil.__init__.__kwdefaults__, "park", park)
 
 
 def test_the_deadline_is_counted_from_the_creation(clock, naps):
@@ -82,14 +82,14 @@ def test_a_wait_without_end_looks_again_now_and_then(naps, monkeypatch):
     """No single sleep is for ever, so that whatever got lost is a delay and no hang."""
     context = Context()
     assert context.deadline is None
-    nap = wait.__kwdefaults__["park"]
+    nap = Vigil.__init__.__kwdefaults__["park"]
 
     def cancel_at_last(waiter: Waiter, seconds: float) -> None:
         nap(waiter, seconds)
         if len(naps) == 3:
             context.cancel()
 
-    monkeypatch.setitem(wait.__kwdefaults__, "park", cancel_at_last)
+    monkeypatch.setitem(Vigil.__init__.__kwdefaults__, "park", cancel_at_last)
     with pytest.raises(CanceledError):
         Local().in_("k", context=context)
     assert naps == [5.0] * 3
@@ -224,7 +224,7 @@ def test_one_cancel_ends_many_waits_on_many_spaces_and_no_others(monkeypatch):
         parked.release()
         waiter.park(LIMIT_SECONDS)
 
-    monkeypatch.setitem(wait.__kwdefaults__, "park", park)
+    monkeypatch.setitem(Vigil.__init__.__kwdefaults__, "park", park)
     ends: list[str] = []
 
     def begin(verb: Any, bound: Context) -> threading.Thread:

@@ -542,7 +542,8 @@ def test_who_leaves_passes_on_a_ring_that_came_in_vain(store):
             bell.ring("k")
             waiter.found = "by itself"
 
-    assert taking.wait_for(store._database, look, ["k"], 60, None, restore=print) == "by itself"
+    vigil = taking.vigil(store._database, look, ["k"], restore=print)
+    assert waiting.wait(vigil, 60, None) == "by itself"
     assert other.park(0)
     bell.dismiss(other, ["k"])
 

@@ -12,7 +12,7 @@ import pytest
 from interrupts import every_step, interrupted
 
 from sqlspace import CanceledError, ClosedError, Context, DeadlineError, Local
-from sqlspace.waiting import MISSING, Waiter, surely, wait
+from sqlspace.waiting import MISSING, Vigil, Waiter, surely
 
 LIMIT_SECONDS = 30.0  # for what must come; nothing waits so long unless it is broken
 
@@ -80,7 +80,7 @@ class Call(threading.Thread):
 @pytest.fixture
 def parks(monkeypatch) -> Parks:
     parks = Parks()
-    monkeypatch.setitem(wait.__kwdefaults__, "park", parks.park)
+    monkeypatch.setitem(Vigil.__init__.__kwdefaults__, "park", parks.park)
     monkeypatch.setattr("sqlspace.waiting.LOOK_AGAIN_SECONDS", LIMIT_SECONDS)
     return parks
 
@@ -217,14 +217,14 @@ def test_a_key_stays_in_order_however_long_it_becomes(space, ttl):
 def test_a_key_whose_takers_are_served_is_as_cheap_as_one_that_never_had_any(space, parks):
     """Between a taker's service and its waking, entries stand as bare values in a list."""
     gate = threading.Lock()
-    park = wait.__kwdefaults__["park"]
+    park = Vigil.__init__.__kwdefaults__["park"]
 
     def slow_to_wake(waiter: Waiter, seconds: float) -> None:
         park(waiter, seconds)
         with gate:
             pass
 
-    wait.__kwdefaults__["park"] = slow_to_wake
+    Vigil.__init__.__kwdefaults__["park"] = slow_to_wake
     with gate:
         taker = block(parks, space.in_, "k")
         space.out("k", 0)
@@ -454,14 +454,14 @@ def test_takers_are_served_in_the_order_they_came(space, parks):
 def test_nobody_who_comes_later_gets_in_before_a_waiting_taker(space, parks):
     """What came for a waiting taker is out of reach at once, though its thread still sleeps."""
     gate = threading.Lock()
-    park = wait.__kwdefaults__["park"]
+    park = Vigil.__init__.__kwdefaults__["park"]
 
     def slow_to_wake(waiter: Waiter, seconds: float) -> None:
         park(waiter, seconds)
         with gate:
             pass
 
-    wait.__kwdefaults__["park"] = slow_to_wake
+    Vigil.__init__.__kwdefaults__["park"] = slow_to_wake
     with gate:
         taker = block(parks, space.in_, "k")
         space.out("k", "its")
@@ -517,14 +517,14 @@ def test_a_wait_of_no_time_enrolls_nowhere(space, monkeypatch, verb):
 def test_entries_handed_to_waits_that_raise_go_back_to_their_places(space, parks, end):
     """Whichever of several such waits ends first, the key's order stays as it was."""
     gates = [threading.Lock() for _ in range(3)]
-    park = wait.__kwdefaults__["park"]
+    park = Vigil.__init__.__kwdefaults__["park"]
 
     def slow_to_wake(waiter: Waiter, seconds: float) -> None:
         park(waiter, seconds)
         with gates[int(threading.current_thread().name)]:
             pass
 
-    wait.__kwdefaults__["park"] = slow_to_wake
+    Vigil.__init__.__kwdefaults__["park"] = slow_to_wake
     context = Context()
     for gate in gates:
         gate.acquire()
@@ -548,9 +548,9 @@ def test_what_goes_back_is_handed_to_the_next_taker(space, parks):
         parks.park(waiter, seconds)
         context.cancel()
 
-    wait.__kwdefaults__["park"] = cancel_when_served
+    Vigil.__init__.__kwdefaults__["park"] = cancel_when_served
     canceled = block(parks, space.in_, "k", context=context)
-    wait.__kwdefaults__["park"] = parks.park
+    Vigil.__init__.__kwdefaults__["park"] = parks.park
     heir = block(parks, space.in_, "k")
     space.out("k", "it")
     with pytest.raises(CanceledError):
@@ -567,7 +567,7 @@ def test_what_has_expired_meanwhile_does_not_go_back(space, parks, clock):
         clock.now += 10
         context.cancel()
 
-    wait.__kwdefaults__["park"] = late
+    Vigil.__init__.__kwdefaults__["park"] = late
     taker = block(parks, space.in_, "k", context=context)
     space.out("k", "it", ttl=5)
     with pytest.raises(CanceledError):
@@ -630,7 +630,7 @@ def test_nrd_sees_entries_expire_with_nobody_calling_in(space, clock, monkeypatc
         naps.append(seconds)
         clock.now += seconds
 
-    monkeypatch.setitem(wait.__kwdefaults__, "park", nap)
+    monkeypatch.setitem(Vigil.__init__.__kwdefaults__, "park", nap)
     space.out("k", 1, ttl=2)
     space.out("k", 2, ttl=3)
     assert space.nrd("k") is None
@@ -651,7 +651,7 @@ def test_nrd_sees_an_entry_expire_that_came_after_it_fell_asleep(space, clock, m
         else:
             clock.now += seconds
 
-    monkeypatch.setitem(wait.__kwdefaults__, "park", nap)
+    monkeypatch.setitem(Vigil.__init__.__kwdefaults__, "park", nap)
     space.out("k", 1)
     assert space.nrd("k") is None
     assert naps == [5.0, 1.0]
@@ -710,7 +710,7 @@ def test_the_destructor_of_a_value_that_could_not_go_back_may_call_in(space, par
         clock.now += 10
         context.cancel()
 
-    wait.__kwdefaults__["park"] = late
+    Vigil.__init__.__kwdefaults__["park"] = late
     taker = block(parks, space.in_, "k", context=context)
     space.out("k", Talkative(space), ttl=5)
     with pytest.raises(CanceledError):
@@ -768,7 +768,7 @@ def take_struck(take, ttl, standing, gaps, **options):
 
 def test_what_ctrl_c_makes_inp_give_back_goes_behind_what_was_taken_before(monkeypatch, parks):
     """Takes that give back do so in the order in which they took, whichever does so first."""
-    park = wait.__kwdefaults__["park"]
+    park = Vigil.__init__.__kwdefaults__["park"]
     given_back = 0
     for steps in every_step():
         space, context, gate = Local(), Context(), threading.Lock()
@@ -778,7 +778,7 @@ def test_what_ctrl_c_makes_inp_give_back_goes_behind_what_was_taken_before(monke
             with gate:
                 pass
 
-        wait.__kwdefaults__["park"] = slow_to_wake
+        Vigil.__init__.__kwdefaults__["park"] = slow_to_wake
         gate.acquire()
         taker = block(parks, space.in_, "k", context=context)
         for number in range(3):
@@ -821,7 +821,7 @@ def test_ctrl_c_anywhere_in_a_wait_that_was_served_loses_nothing(monkeypatch, ve
                 context.cancel()
             paused.clear()
 
-        monkeypatch.setitem(wait.__kwdefaults__, "park", serve)
+        monkeypatch.setitem(Vigil.__init__.__kwdefaults__, "park", serve)
         keys = "k" if verb == "in_" else ["none", "k"]
         value, goes_on = interrupted(
             lambda s=space, c=context, k=keys: getattr(s, verb)(k, context=c), *steps, paused=paused
@@ -849,7 +849,9 @@ def test_ctrl_c_anywhere_in_a_wait_in_vain_leaves_nothing_behind(monkeypatch, ve
         if verb == "nrd":
             space.out("k", 0)
         monkeypatch.setitem(
-            wait.__kwdefaults__, "park", lambda waiter, seconds, context=context: context.cancel()
+            Vigil.__init__.__kwdefaults__,
+            "park",
+            lambda waiter, seconds, context=context: context.cancel(),
         )
         _, goes_on = interrupted(
             lambda s=space, c=context: getattr(s, verb)("k", context=c), *steps
@@ -942,14 +944,14 @@ def test_ctrl_c_for_a_wait_that_was_served_and_canceled_does_not_double_its_entr
         heirs: list[Call] = []
 
         def serve(*_: object, space=space, context=context, heirs=heirs, paused=paused) -> None:
-            wait.__kwdefaults__["park"] = parks.park
+            Vigil.__init__.__kwdefaults__["park"] = parks.park
             paused.append(1)
             heirs.append(block(parks, space.in_, "k"))
             space.out("k", 0)
             context.cancel()
             paused.clear()
 
-        wait.__kwdefaults__["park"] = serve
+        Vigil.__init__.__kwdefaults__["park"] = serve
         _, goes_on = interrupted(
             lambda s=space, c=context: s.in_("k", context=c), *steps, paused=paused
         )

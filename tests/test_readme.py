@@ -25,6 +25,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = blocks(README)
 
+NATS_URL = "nats://127.0.0.1:4222"
 PROGRAM = """
 import pages
 pages.run(hear, tell)
@@ -87,8 +88,13 @@ def session(block, folder, programs):
         assert settled(done.stdout) == settled(shown), command
 
 
-def test_all_code_of_the_page_runs_and_says_what_it_says(child, tmp_path, monkeypatch, programs):
-    """Every block as it stands, in the page's order; each comment that can be compared is."""
+def test_all_code_of_the_page_runs_and_says_what_it_says(
+    child, tmp_path, monkeypatch, programs, nats_server
+):
+    """Every block as it stands, in the page's order; each comment that can be compared is.
+
+    But for the port of a nats-server: there may be another one at its usual place.
+    """
     monkeypatch.chdir(tmp_path)
     heading, process, compared, sessions = None, None, 0, 0
 
@@ -103,7 +109,8 @@ def test_all_code_of_the_page_runs_and_says_what_it_says(child, tmp_path, monkey
             heading, process, before = block.heading, None, 0
         if block.kind == "python":
             process = process or child(PROGRAM)
-            process.tell(json.dumps([block.text, block.line]))
+            text = block.text.replace(NATS_URL, nats_server.url)
+            process.tell(json.dumps([text, block.line]))
             word, number = process.told().split()
             assert word == "ran"
             compared += int(number) - before

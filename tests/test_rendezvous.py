@@ -31,7 +31,7 @@ from sqlspace import (
     call,
     serve,
 )
-from sqlspace.waiting import Waiter, wait
+from sqlspace.waiting import Vigil, Waiter
 
 LIMIT_SECONDS = 60.0  # for what must come; nothing waits so long unless it is broken
 REPLY = "reply/1"
@@ -67,7 +67,7 @@ def naps(monkeypatch, clock) -> list[float]:
         naps.append(seconds)
         clock.now += seconds
 
-    monkeypatch.setitem(wait.__kwdefaults__, "park", nap)
+    monkeypatch.setitem(Vigil.__init__.__kwdefaults__, "park", nap)
     return naps
 
 

@@ -15,7 +15,7 @@ import pytest
 
 import sqlspace
 from sqlspace import CanceledError, ClosedError, Context, DeadlineError, Local, Space, Store
-from sqlspace.waiting import Waiter, wait
+from sqlspace.waiting import Vigil, Waiter, wait
 
 LIMIT_SECONDS = 60.0  # for what must come; nothing waits so long unless it is broken
 CONSUMERS = 8
@@ -88,17 +88,20 @@ def block(monkeypatch) -> Callable[..., Call]:
     """Begin a call in a thread of its own, and return when it is about to sleep."""
     parked = threading.Semaphore(0)
 
-    def watched(look: Any, *, park: Any = Waiter.park, **rest: Any) -> Any:
+    def watched(vigil: Vigil, *bounds: Any, **rest: Any) -> Any:
+        park = vigil.park
+
         def noted(waiter: Waiter, seconds: float) -> Any:
             parked.release()
             return park(waiter, seconds)
 
-        return wait(look, park=noted, **rest)
+        vigil.park = noted
+        return wait(vigil, *bounds, **rest)
 
     # No wait looks again by itself, so that a lost wake-up isn't healed.
     monkeypatch.setattr("sqlspace.waiting.LOOK_AGAIN_SECONDS", 3600.0)
-    monkeypatch.setattr("sqlspace.local.wait", watched)
-    monkeypatch.setattr("sqlspace.taking.wait", watched)
+    for module in ("local", "taking", "store"):
+        monkeypatch.setattr(f"sqlspace.{module}.wait", watched)
 
     def block(verb: Callable[..., Any], *args: Any, **bounds: Any) -> Call:
         call = Call(verb, *args, **bounds)

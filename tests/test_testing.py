@@ -1,5 +1,6 @@
 """The conformance suite: a right backend passes, and each planted bug is told by its law's name."""
 
+import asyncio
 import subprocess
 import sys
 import threading
@@ -7,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from sqlspace import ClosedError, Context, Local, Space, testing
-from sqlspace.testing import check_space
+from sqlspace import ClosedError, Context, Local, Space, aio, testing
+from sqlspace.testing import check_async_space, check_space, laws
 from sqlspace.waiting import Waiter
 
 PATIENCE_SECONDS = 1.0  # only a broken backend uses it up
@@ -392,16 +393,75 @@ def test_a_planted_bug_is_told_by_its_law(law, backend, monkeypatch):
     # A park doesn't look again by itself, so that a lost wake-up isn't healed.
     monkeypatch.setattr("sqlspace.waiting.LOOK_AGAIN_SECONDS", 3600.0)
     # The others may catch it too; this one must.
-    monkeypatch.setattr(testing, "LAWS", (getattr(testing, law),))
+    monkeypatch.setattr(testing, "LAWS", (getattr(laws, law),))
     with pytest.raises(AssertionError) as raised:
         check_space(backend, patience_seconds=PATIENCE_SECONDS)
-    sentence = " ".join(getattr(testing, law).__doc__.split())
+    sentence = " ".join(getattr(laws, law).__doc__.split())
     assert str(raised.value).startswith(f"{sentence} ({law}): ")
 
 
 def test_every_law_is_broken_by_a_planted_bug():
     """A law that no planted bug breaks would prove nothing."""
     assert {law.__name__ for law in testing.LAWS} == {law for law, _ in PLANTED}
+
+
+class NotAllAsync(aio.Local):
+    def len(self, key):
+        return super().len(key)
+
+
+class LosesWhatIsCancelled(aio.Local):
+    async def in_(self, key):
+        value = await super().in_(key)
+        await asyncio.sleep(0)
+        return value
+
+
+class OneWaitAtATime(aio.Local):
+    def __init__(self):
+        super().__init__()
+        self._one = asyncio.Lock()
+
+    async def in_(self, key):
+        if self._one.locked():
+            raise RuntimeError("too many")
+        async with self._one:
+            return await super().in_(key)
+
+
+class LastInFirstOutAsync(aio.Local):
+    async def inp(self, key, default=None):
+        taken = [
+            await super(LastInFirstOutAsync, self).inp(key) for _ in range(await self.len(key))
+        ]
+        for value in taken[:-1]:
+            await self.out(key, value)
+        return taken[-1] if taken else default
+
+
+PLANTED_ASYNC = [
+    ("is_an_async_space", NotAllAsync),
+    ("a_cancelled_take_loses_nothing", LosesWhatIsCancelled),
+    ("many_tasks_wait_at_once", OneWaitAtATime),
+    ("entries_are_taken_in_order", LastInFirstOutAsync),
+]
+
+
+@pytest.mark.parametrize(
+    ("law", "backend"), PLANTED_ASYNC, ids=lambda it: getattr(it, "__name__", it)
+)
+def test_a_planted_bug_of_an_async_backend_is_told_by_its_law(law, backend, monkeypatch):
+    """Those of a Space, and those that only coroutines can break."""
+    (broken,) = [each for each in testing.ASYNC_LAWS if each.__name__ == law]
+    monkeypatch.setattr(testing, "ASYNC_LAWS", (broken,))
+    with pytest.raises(AssertionError, match=rf"\({law}\): "):
+        check_async_space(backend, patience_seconds=PATIENCE_SECONDS)
+
+
+def test_every_async_law_stands_in_one_of_the_tables():
+    """None is there that no planted bug breaks."""
+    own = {law.__name__ for law in testing.ASYNC_LAWS} - {law.__name__ for law in testing.LAWS}
+    assert own == {law for law, _ in PLANTED_ASYNC} - {"entries_are_taken_in_order"}
 
 
 def test_what_the_backend_raised_is_the_cause():
@@ -416,7 +476,7 @@ def test_the_suite_needs_no_pytest_and_no_asserts():
     script = """
 import sys
 from sqlspace import Local
-from sqlspace.testing import check_space
+from sqlspace.testing import check_async_space, check_space, laws
 check_space(Local)
 class Broken(Local):
     def rdp(self, key, default=None):

@@ -52,10 +52,10 @@ from sqlspace import watch as watching
 logging.getLogger("sqlspace").setLevel(logging.ERROR)  # it would tell of leases that run out
 watching._LOOK_ON_SECONDS = 0.05
 looks = []
-wait = taking.wait
+Vigil = taking.Vigil
 def counted(look, **named):
-    return wait(lambda *words: looks.append(words) or look(*words), **named)
-taking.wait = counted
+    return Vigil(lambda *words: looks.append(words) or look(*words), **named)
+taking.Vigil = counted
 store = sqlspace.open(argv[0], sync=False)
 stirring = store._database.bell.stirring
 store._database.bell.stirring = lambda *words: looks.append(words) or stirring(*words)

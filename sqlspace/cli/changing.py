@@ -5,8 +5,8 @@ Here stand those that change something; those that only look are in `looking`.
 Only `push` makes a store; the others refuse a file that holds none. What is given on the command
 line is checked before the file is touched.
 
-Every command but `pull` opens the store with history=None: of several open stores the smallest
-history counts, and to look must not cut the history of an application that keeps more.
+Every command but `pull` and `forward` opens the store with history=None: of several open stores the
+smallest history counts, and to look must not cut the history of an application that keeps more.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from sqlspace.pushing import Batch
 from sqlspace.records import Entry
 from sqlspace.store import Store, open, open_existing
 
-from . import looking, options, running, terminal
+from . import forwarding, looking, options, running, terminal
 
 __all__ = ["commands", "run"]
 
@@ -197,15 +197,7 @@ def _push_lines(
 )
 @options.many
 @options.leasing
-@click.option(
-    "--history",
-    callback=options.checked(options.number_or_all),
-    metavar="NUMBER|all",
-    default="10000",
-    show_default=True,
-    help="How many entries taken the file remembers, over all keys; the smallest number of all "
-    "programs that have it open counts.",
-)
+@options.history
 @options.as_json
 @options.opening
 def pull(
@@ -233,8 +225,9 @@ def pull(
     be lost then.
 
     With --lease the entry stays in the file until COMMAND, which stands after --, has ended with 0.
-    The payload is its stdin; SQLSPACE_KEY, SQLSPACE_SEQ, SQLSPACE_ATTEMPTS (1 the first time) and
-    SQLSPACE_HEADERS (a JSON object) are in its environment. The lease is renewed while it runs.
+    The payload is its stdin; SQLSPACE_KEY, SQLSPACE_SEQ, SQLSPACE_ID (the same each time),
+    SQLSPACE_ATTEMPTS (1 the first time) and SQLSPACE_HEADERS (a JSON object) are in its
+    environment. The lease is renewed while it runs.
     When it fails, its code is a line on stderr, the entry is ready again after --retry-delay, and
     we go on with the next of --limit or --all. Ctrl-C and SIGTERM end it too, and give its entry
     back. To wait is to wait for each entry: --all --wait goes on for ever.
@@ -405,5 +398,5 @@ def backup(*, store: Store, target: str) -> None:
     store.backup(target)
 
 
-for _command in looking.COMMANDS:
+for _command in (*forwarding.COMMANDS, *looking.COMMANDS):
     commands.add_command(_command)

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from sqlspace import rules
+from sqlspace import programs, rules
 from sqlspace.arguments import (
     check_delay_micros,
     check_key,
@@ -29,6 +29,7 @@ __all__ = [
     "checked",
     "database",
     "examples",
+    "history",
     "key",
     "leasing",
     "many",
@@ -99,6 +100,17 @@ def examples(*lines: str) -> str:
 database = click.argument("database", metavar="DATABASE")
 key = click.argument("key", callback=checked(name))
 as_json = click.option("--json", "as_json", is_flag=True, help="Write JSON, for a program.")
+
+
+history = click.option(
+    "--history",
+    callback=checked(number_or_all),
+    metavar="NUMBER|all",
+    default="10000",
+    show_default=True,
+    help="How many entries taken the file remembers, over all keys; the smallest number of all "
+    "programs that have it open counts.",
+)
 
 
 def many(command: Callable[..., None]) -> Callable[..., None]:
@@ -254,7 +266,7 @@ def leasing(command: Callable[..., None]) -> Callable[..., None]:
             # Without the dashes, options of theirs that are also ours would be taken for ours.
             if len(argv) > click.get_current_context().meta["sqlspace.dashes"]:
                 raise click.UsageError("COMMAND stands after --")
-            running.check_program(argv[0])
+            programs.check_program(argv[0])
             if max_attempts is not None and rules.dead_key(key) is None:
                 raise click.UsageError("--max-attempts needs a shorter KEY, for its KEY/dead")
             retry_delay = 1.0 if retry_delay is None else retry_delay

@@ -7,16 +7,12 @@ entry leased, and so it comes back.
 """
 
 import errno
-import json
-import os
-import shutil
 import signal
 import subprocess
-import tempfile
 import time
 from dataclasses import dataclass
-from typing import BinaryIO
 
+from sqlspace import programs
 from sqlspace.delivery import Delivery
 from sqlspace.errors import CanceledError, DeadlineError
 from sqlspace.space import Context
@@ -25,14 +21,11 @@ from sqlspace.store import Store
 from . import terminal
 from .signals import Signals
 
-__all__ = ["Terms", "check_program", "run_for_entries"]
+__all__ = ["Terms", "run_for_entries"]
 
 # A terminal's Ctrl-C reaches the program as well as us: so long it has to end by itself.
 _PATIENCE_SECONDS = 1.0
 _GRACE_SECONDS = 10.0  # from SIGTERM to SIGKILL
-
-# The program itself is wrong, and not what it is given, nor the machine.
-_UNFIT = {errno.ENOENT, errno.EACCES, errno.ENOEXEC, errno.ENOTDIR, errno.EPERM, errno.ELOOP}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +36,6 @@ class Terms:
     max_attempts: int | None
     ordered: bool
     retry_delay: float
-
-
-def check_program(name: str) -> str:
-    """Refuse what can't be started."""
-    if shutil.which(name) is None:
-        raise ValueError(f"there is no program {name!a} that could be started")
-    return name
 
 
 def run_for_entries(
@@ -132,16 +118,16 @@ def _run(delivery: Delivery, argv: list[str], signals: Signals) -> str | None:
     """Run the program; how it failed, or None."""
     signals.raising = False  # nothing may come between the program and the note of it
     try:
-        with _stdin(delivery.payload) as stdin:
-            try:
-                child = subprocess.Popen(argv, stdin=stdin, env=_environment(delivery))  # noqa: S603
-            except OSError as error:
-                if error.errno == errno.E2BIG:
-                    return "can't be given headers that large"
-                if error.errno in _UNFIT:
-                    raise ValueError(f"{argv[0]} can't be started: {error.strerror}") from None
-                error.filename = argv[0]
+        try:
+            child = programs.start(argv, delivery)
+        except OSError as error:
+            if error.filename != argv[0]:
                 raise
+            if error.errno == errno.E2BIG:
+                return "can't be given headers that large"
+            if programs.is_unfit(error):
+                raise ValueError(f"{argv[0]} can't be started: {error.strerror}") from None
+            raise
         try:
             code = _wait(child, signals)
         except BaseException:
@@ -150,35 +136,7 @@ def _run(delivery: Delivery, argv: list[str], signals: Signals) -> str | None:
             raise
     finally:
         signals.raising = True
-    if code == 0:
-        return None
-    return f"ended with {code}" if code > 0 else f"was ended by {_name(-code)}"
-
-
-def _stdin(payload: bytes) -> BinaryIO:
-    """A file, not a pipe: who doesn't read it keeps nobody waiting, and breaks nothing."""
-    file = tempfile.TemporaryFile()  # noqa: SIM115  # the caller's `with`
-    try:
-        file.write(payload)
-        file.seek(0)
-    except OSError as error:
-        file.close()
-        error.filename = tempfile.gettempdir()
-        raise
-    return file
-
-
-def _environment(delivery: Delivery) -> dict[bytes, bytes]:
-    """Ours, and what is to be said of the entry, in UTF-8 whatever the locale."""
-    # Somebody else's SQL can have made headers that are no characters; as JSON they can be spelled.
-    headers = json.dumps(delivery.headers, ensure_ascii=False, separators=(",", ":"))
-    return {
-        **os.environb,
-        b"SQLSPACE_KEY": delivery.key.encode(),
-        b"SQLSPACE_SEQ": b"%d" % delivery.seq,
-        b"SQLSPACE_ATTEMPTS": b"%d" % delivery.attempts,
-        b"SQLSPACE_HEADERS": headers.encode(errors="backslashreplace"),
-    }
+    return programs.fate(code)
 
 
 def _wait(child: subprocess.Popen[bytes], signals: Signals) -> int:
@@ -197,10 +155,3 @@ def _wait(child: subprocess.Popen[bytes], signals: Signals) -> int:
             due = now + _GRACE_SECONDS
         signals.sleep(due - now if due is not None and means else None)
     return code
-
-
-def _name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:  # a real-time signal
-        return f"signal {number}"

@@ -37,7 +37,7 @@ from sqlspace.store import Store
 from . import terminal
 from .signals import Signals
 
-__all__ = ["check_interval", "watch", "write_once"]
+__all__ = ["check_interval", "is_end", "keyboard", "watch", "write_once"]
 
 SELECT_LAST_SEQ = "SELECT ifnull(max(seq), 0) FROM sqlspace_entries"
 SELECT_PUSHED = """
@@ -296,7 +296,7 @@ def watch(store: Store, interval: float) -> int:
         ) as out,
         Signals([signal.SIGWINCH]) as signals,
         terminal.log_kept(told),
-        _keyboard() as keyboard,
+        keyboard() as keys,
         Live(
             console=Console(file=out),
             screen=True,
@@ -311,8 +311,8 @@ def watch(store: Store, interval: float) -> int:
                 last = told[-1] if told else ""
                 size = live.console.size
                 live.update(_screen(store.path, look, last, size), refresh=True)
-                pressed = signals.sleep(left, *keyboard)
-                if signals.stop == signal.SIGINT or (pressed and _is_end(keyboard[0])):
+                pressed = signals.sleep(left, *keys)
+                if signals.stop == signal.SIGINT or (pressed and is_end(keys[0])):
                     return terminal.DONE
                 if signals.stop is not None:
                     return terminal.SIGNALED + signals.stop
@@ -320,7 +320,7 @@ def watch(store: Store, interval: float) -> int:
 
 
 @contextlib.contextmanager
-def _keyboard() -> Iterator[list[int]]:
+def keyboard() -> Iterator[list[int]]:
     """Have stdin, if it is a terminal, tell of each key at once, and none of them be shown."""
     if sys.stdin is None or not sys.stdin.isatty():
         yield []
@@ -342,7 +342,7 @@ def _keyboard() -> Iterator[list[int]]:
             termios.tcsetattr(number, termios.TCSAFLUSH, before)
 
 
-def _is_end(keyboard: int) -> bool:
+def is_end(number: int) -> bool:
     """Whether q is among the keys that were pressed, or the terminal is gone."""
-    keys = os.read(keyboard, 1024)
+    keys = os.read(number, 1024)
     return not keys or b"q" in keys.lower()

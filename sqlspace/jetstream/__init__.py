@@ -5,9 +5,13 @@
 ...     space.out("mail", "hello")
 ...     space.in_("mail")
 'hello'
+
+And an `Endpoint` there for `sqlspace.forward`, and `receive` for the way back.
 """
 
 from .asynchronous import AsyncJetStream
+from .endpoint import Endpoint
+from .receiving import receive
 from .threads import JetStream
 
-__all__ = ["AsyncJetStream", "JetStream"]
+__all__ = ["AsyncJetStream", "Endpoint", "JetStream", "receive"]

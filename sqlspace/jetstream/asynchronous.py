@@ -31,6 +31,7 @@ from sqlspace.rules import dead_key
 from sqlspace.waiting import MISSING
 
 from .bells import Bells
+from .headers import EXPIRES, expiry
 from .link import Link, Message, RefusedError
 from .receipts import Claim, Receipts
 from .settings import NANOSECONDS, Settings, differences
@@ -43,7 +44,6 @@ log = logging.getLogger("sqlspace")
 # What else a message may carry: the dead letter's headers name its key, up to 3,072 bytes as it is
 # spelled there.
 _HEADER_BYTES = 4096
-_EXPIRES = "Sqlspace-Expires"  # Unix seconds; the server counts whole seconds from the storing on
 _LONGEST_TTL_SECONDS = 3_155_760_000  # 100 years; in nanoseconds it fits int64
 _CLOSING_SECONDS = 2.0
 
@@ -95,7 +95,7 @@ class AsyncJetStream:
         patience: float = 10.0,
         **connect: Any,
     ) -> None:
-        self._settings = settings = Settings(
+        self.settings = settings = Settings(
             servers=servers,
             stream=stream,
             dumps=dumps,
@@ -144,7 +144,7 @@ class AsyncJetStream:
         return self
 
     async def _open_streams(self) -> None:
-        for wanted in self._settings.streams:
+        for wanted in self.settings.streams:
             info = await self._link.ensure_stream(wanted)
             config = info["config"]
             if different := differences(wanted, config):
@@ -155,10 +155,10 @@ class AsyncJetStream:
                 limits = [self._link.max_payload, config.get("max_msg_size", -1)]
                 self._longest = min(limit for limit in limits if limit > 0) - _HEADER_BYTES
                 window = config.get("duplicate_window", 0) / NANOSECONDS
-                if window <= self._settings.patience:
+                if window <= self.settings.patience:
                     raise BackendError(
                         f"stream {wanted['name']}: its duplicate_window, {window:g} s, must be "
-                        f"longer than patience, {self._settings.patience:g} s"
+                        f"longer than patience, {self.settings.patience:g} s"
                     )
 
     # -- the verbs
@@ -182,7 +182,7 @@ class AsyncJetStream:
     def packed(self, key: str, value: Any, ttl: float | None) -> tuple[str, bytes, float | None]:
         """What `out` adds, checked."""
         key, seconds = check_key(key), check_ttl(ttl)
-        payload = check_payload(self._settings.dumps(value), "what dumps returns")
+        payload = check_payload(self.settings.dumps(value), "what dumps returns")
         if self._opened and len(payload) > self._longest:
             raise ValueError(
                 f"what dumps returns must be at most {self._longest:,} bytes here, "
@@ -197,7 +197,7 @@ class AsyncJetStream:
         if seconds is not None and seconds < _LONGEST_TTL_SECONDS:
             headers = {
                 "Nats-TTL": str(math.ceil(seconds)),
-                _EXPIRES: repr(time.time() + seconds),
+                EXPIRES: repr(time.time() + seconds),
             }
         doing = f"out of {key!a}"
         with self._link.lasting():
@@ -260,7 +260,7 @@ class AsyncJetStream:
 
     async def _deleted(self, key: str) -> None:
         """Until the server has confirmed what this client has taken of a key."""
-        patience = self._settings.patience
+        patience = self.settings.patience
         try:
             async with asyncio.timeout(patience):
                 while key in self._deleting:
@@ -373,7 +373,7 @@ class AsyncJetStream:
             raise _unreadable(key, message, "it stays") from error.__cause__
 
     def _loaded(self, message: Message) -> Any:
-        loads = self._settings.loads
+        loads = self.settings.loads
         try:
             return loads(message.payload)
         except Exception as error:
@@ -438,7 +438,7 @@ class AsyncJetStream:
             headers = {
                 name: text
                 for name, text in claim.message.headers.items()
-                if name in {"Nats-TTL", _EXPIRES}
+                if name in {"Nats-TTL", EXPIRES}
             }
             await self._link.publish(
                 self._subjects.entry(claim.key),
@@ -507,11 +507,8 @@ class AsyncJetStream:
 
 
 def _is_over(message: Message) -> bool:
-    end = message.headers.get(_EXPIRES)
-    try:
-        return end is not None and float(end) <= time.time()
-    except ValueError:
-        return False
+    end = expiry(message.headers)
+    return end is not None and end <= time.time()
 
 
 def _remove(sets: dict[str, set[int]], key: str, seq: int) -> None:

@@ -57,6 +57,11 @@ class _Client(nats.aio.client.Client):
         await super().flush(timeout)
         await super().flush(timeout)
 
+    async def send_commands(self, commands: bytes) -> None:
+        """Send lines of the protocol, as a publish does when it has made its own."""
+        await self._send_command(commands)
+        await self._flush_pending()
+
 
 class _Told(NamedTuple):
     """A request that nobody waits for."""
@@ -490,6 +495,15 @@ class Connection:
     async def ring(self, subject: str) -> None:
         """Publish an empty message that nobody keeps, unless it gets lost."""
         await self.send(subject, b"")
+
+    def ensure_fits(self, size: int) -> None:
+        """Refuse a message that the server would: it would close the connection, too."""
+        if size > self.max_payload:
+            raise nats.errors.MaxPayloadError
+
+    async def send_commands(self, commands: bytes) -> None:
+        """Send lines of the protocol: messages that were put together by the caller."""
+        await self._client.send_commands(commands)
 
     async def send(self, subject: str, payload: bytes) -> None:
         """Publish what may get lost."""

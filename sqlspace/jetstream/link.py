@@ -29,7 +29,7 @@ WRONG_LAST_SEQUENCE = 10071
 _CLAIM_UNDER_WAY = 10164  # a wrong last sequence too, of what is being written just now
 _DUPLICATE_UNDER_WAY = 10158
 _NO_PEERS = 10005  # enough of the cluster's servers are there, but not yet
-_DUPLICATE_IN_BATCH = 10201
+DUPLICATE_IN_BATCH = 10201
 _NO_BATCHES = 10174
 _DELETE_FAILED = 10057
 _NO_SUCH_SEQ = 10043
@@ -156,16 +156,29 @@ class Link(Connection):
         for start in range(0, len(messages), BATCH):
             await self._publish_batch(messages[start : start + BATCH], doing)
 
+    async def publish_batch(self, messages: Sequence[Outgoing], *, doing: str = "publish") -> int:
+        """Have a stream store up to `BATCH` messages as one, or none; the seq of the last one.
+
+        Raises:
+            BackendError: nobody answered, or the stream is full.
+            RefusedError: the server said no for another reason. If an answer was lost before, it
+                may be that all of them are there.
+        """
+        try:
+            return await self.request(
+                functools.partial(self._send_batch, messages), _seq, doing, writes=True
+            )
+        except RefusedError as error:
+            if error.number == STORE_FAILED:
+                raise BackendError(f"{doing}: {error}; nothing was written") from error
+            raise
+
     async def _publish_batch(self, messages: Sequence[Outgoing], doing: str) -> None:
         if len(messages) > 1:
             try:
-                await self.request(
-                    functools.partial(self._send_batch, messages), _seq, doing, writes=True
-                )
+                await self.publish_batch(messages, doing=doing)
             except RefusedError as error:
-                if error.number == STORE_FAILED:
-                    raise BackendError(f"{doing}: {error}; nothing was written") from error
-                if error.number not in {_DUPLICATE_IN_BATCH, _NO_BATCHES}:
+                if error.number not in {DUPLICATE_IN_BATCH, _NO_BATCHES}:
                     raise
             else:
                 return
@@ -175,19 +188,26 @@ class Link(Connection):
             )
 
     async def _send_batch(self, messages: Sequence[Outgoing], reply: str) -> None:
-        batch = self.new_id()
+        """Send them all as the lines of the protocol, in one piece.
+
+        As so many publishes of nats-py it took 5.8 µs a message, not 0.6.
+        """
+        start = f"NATS/1.0\r\nNats-Batch-Id: {self.new_id()}\r\n"
+        commands = []
         for number, (subject, payload, message_id, headers) in enumerate(messages, 1):
-            own = {
-                "Nats-Msg-Id": message_id,
-                "Nats-Batch-Id": batch,
-                "Nats-Batch-Sequence": str(number),
-                **headers,
-            }
-            if number < len(messages):
-                await self._client.publish(subject, payload, headers=own)
-            else:
-                own["Nats-Batch-Commit"] = "1"
-                await self._client.publish(subject, payload, reply, own)
+            lines = f"{start}Nats-Batch-Sequence: {number}\r\nNats-Msg-Id: {message_id}\r\n"
+            if headers:
+                lines += "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+            to = subject
+            if number == len(messages):
+                lines += "Nats-Batch-Commit: 1\r\n"
+                to = f"{subject} {reply}"
+            block = f"{lines}\r\n".encode()
+            size = len(block) + len(payload)
+            self.ensure_fits(size)
+            commands.append(f"HPUB {to} {len(block)} {size}\r\n".encode())
+            commands += (block, payload, b"\r\n")
+        await self.send_commands(b"".join(commands))
 
     async def write_if(self, subject: str, payload: bytes, last: int, doing: str) -> int:
         """Store a message if `last` is the seq of the last one with this subject, 0 for none.
@@ -245,9 +265,12 @@ class Link(Connection):
         payload = b'{"filter":"%s"}' % subject.encode()
         self.tell(f"$JS.API.STREAM.PURGE.{stream}", payload, _is_told)
 
-    async def purge(self, stream: str, subject: str, *, doing: str) -> None:
-        """Delete all messages of a subject."""
-        await self.api(f"STREAM.PURGE.{stream}", {"filter": subject}, doing, writes=True)
+    async def purge(
+        self, stream: str, subject: str, *, doing: str, below: int | None = None
+    ) -> None:
+        """Delete all messages of a subject, or those whose seq is below that."""
+        request = {"filter": subject} if below is None else {"filter": subject, "seq": below}
+        await self.api(f"STREAM.PURGE.{stream}", request, doing, writes=True)
 
     async def info(self, stream: str, subject: str | None) -> dict[str, Any]:
         """What a stream says of itself, with a count for each of some subjects."""

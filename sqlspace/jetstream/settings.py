@@ -71,13 +71,14 @@ class Settings:
         }
         entries = {
             "name": self.subjects.entries,
-            "subjects": [self.subjects.all_entries],
+            "subjects": [self.subjects.all_entries, self.subjects.all_positions],
             **both,
             "max_bytes": self.max_bytes,
             "max_msgs": self.max_msgs,
             "allow_direct": True,
             "allow_msg_ttl": True,
             "allow_atomic": True,
+            "allow_rollup_hdrs": True,  # for the positions
             "duplicate_window": max(120, math.ceil(4 * self.patience)) * NANOSECONDS,
             "republish": {
                 "src": self.subjects.all_entries,

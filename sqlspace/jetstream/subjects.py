@@ -3,6 +3,7 @@
     NAME.key.mail           the entries of "mail"
     NAME.key.a=2Eb          those of "a.b": every byte but letters, digits, - and _ is =XX
     NAME.taken.17           the receipts of the entry with the seq 17
+    NAME.sent.FILE.mail     what a store forwarded to "mail" last, by the file's id
 
 Rings stand beside the streams, so that no stream keeps them: `NAME.new.mail`.
 """
@@ -55,7 +56,9 @@ class Subjects:
         self.all_entries = f"{name}.key.*"
         self.all_receipts = f"{name}.taken.*"
         self.all_rings = f"{name}.new.{{{{wildcard(1)}}}}"  # as a stream's republish has it
+        self.all_positions = f"{name}.sent.*.*"
         self._entry = f"{name}.key."
+        self._position = f"{name}.sent."
         self._receipt = f"{name}.taken."
         self._ring = f"{name}.new."
 
@@ -66,6 +69,10 @@ class Subjects:
     def ring(self, key: str) -> str:
         """Where it rings when `key` gets an entry."""
         return self._ring + encoded(key)
+
+    def position(self, file_id: str, key: str) -> str:
+        """Where it is written what the store of this file has sent to `key` last."""
+        return f"{self._position}{file_id}.{encoded(key)}"
 
     def receipt(self, seq: int) -> str:
         """Where it is written who has taken the entry `seq`."""

@@ -20,9 +20,11 @@ from sqlspace.arguments import check_key, check_timeout
 from sqlspace.durable import dumps_json, loads_json
 from sqlspace.errors import BackendError, CanceledError, ClosedError, DeadlineError
 from sqlspace.space import Context, check_context
+from sqlspace.store import Store
 from sqlspace.waiting import LOOK_AGAIN_SECONDS, MISSING, Waiter, nearer_end, surely
 
 from .asynchronous import AsyncJetStream, Taken
+from .endpoint import JetStreamSender
 from .receipts import Claim
 
 __all__ = ["JetStream"]
@@ -343,6 +345,10 @@ class JetStream:
         self._closed = True
         if self._started.pid == os.getpid():
             self._started.close()
+
+    def _sender(self, store: Store) -> JetStreamSender:
+        """What sends to it for `sqlspace.forward`; with a connection of its own."""
+        return JetStreamSender(store, self._started.space.settings)
 
     def _wait(
         self, key: str, timeout: float | None, context: Context | None, *, takes: bool

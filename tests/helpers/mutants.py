@@ -34,7 +34,7 @@ class Mutant(NamedTuple):
 
 def place(mutant, root):
     """The one file below `root` that has its text; AssertionError if there isn't just one."""
-    texts = {path: path.read_text(encoding="utf-8") for path in root.glob("sqlspace/*.py")}
+    texts = {path: path.read_text(encoding="utf-8") for path in root.glob("sqlspace/**/*.py")}
     found = {path: text.count(mutant.old) for path, text in texts.items() if mutant.old in text}
     assert list(found.values()) == [1], f"{mutant.name}: its text stands in {found or 'no file'}"
     return next(iter(found))
@@ -215,8 +215,8 @@ MUTANTS = [
     _mutant(
         "blocked-by-the-expired",
         "claims in order stand still behind what has expired",
-        "\n   AND (deadline IS NOT NULL OR {UNEXPIRED}) LIMIT 1",
-        "\n   LIMIT 1",
+        "AND {HELD}\n   AND (deadline IS NOT NULL OR {UNEXPIRED})\n",
+        "AND {HELD}\n",
         "regressions::what_has_expired_holds_up_no_ordered_claim",
     ),
     _mutant(
@@ -266,15 +266,15 @@ MUTANTS = [
     _mutant(
         "push-undoes-what-was-known",
         "an interrupted push takes away the entry that another pushed under its name",
-        "        if new:\n            database.transact(step)\n",
-        "        if seq:\n            database.transact(step)\n",
+        "        if self.new:\n            upkeep.erase(",
+        "        if self.seq:\n            upkeep.erase(",
         "options::an_interrupted_push_leaves_what_was_pushed_under_its_name_before",
     ),
     _mutant(
         "a-known-name-is-not-synced",
         "a push is told that it is there, and a power cut takes it",
-        "if seq is not None and database.options.sync:",
-        "if new and database.options.sync:",
+        "if self.seq and self._database.options.sync:",
+        "if self.new and self._database.options.sync:",
         "options::a_known_name_is_made_durable_before_its_push_returns",
     ),
     _mutant(
@@ -359,7 +359,7 @@ MUTANTS = [
     _mutant(
         "a-pull-is-not-put-back",
         "an entry that Ctrl-C struck behind its one statement is gone",
-        "got = self.got or (not self.whole and self.done and connection.changes())",
+        "got = self.got or (cut_off and connection.changes())",
         "got = self.got",
         "store::an_interrupted_call_did_nothing",
     ),
@@ -409,7 +409,7 @@ MUTANTS = [
     _mutant(
         "who-led-wakes-nobody",
         "who joined while another led sleeps until its deadline",
-        "        if self.queue:\n            self._wake_first()\n",
+        "        if self.queue:\n            self.wake_first()\n",
         "",
         "committer::all_who_wait_for_the_writer_share_one_commit",
     ),
@@ -1524,21 +1524,21 @@ MUTANTS = [
     _mutant(
         "late-before-it-looked",
         "a timeout of nothing doesn't look",
-        "            look(waiter, enroll)\n            if waiter.found is not MISSING:\n                break\n",
+        "            yield partial(self.look, waiter, enroll)\n            if waiter.found is not MISSING:\n                break\n",
         "            if deadline is not None and time.monotonic() >= deadline:\n"
         '                raise DeadlineError("the wait\'s time is over")\n'
-        "            look(waiter, enroll)\n            if waiter.found is not MISSING:\n                break\n",
+        "            yield partial(self.look, waiter, enroll)\n            if waiter.found is not MISSING:\n                break\n",
         "bad_input::a_timeout_of_nothing_looks_exactly_once",
         "context::a_context_whose_time_is_over_still_looks",
     ),
     _mutant(
         "canceled-before-closed",
         "a wait in a closed store is told that it was canceled",
-        "            ensure_open()\n            if context is not None and context.canceled:\n"
+        "            self.ensure_open()\n            if context is not None and context.canceled:\n"
         '                raise CanceledError("the wait\'s context was canceled")\n',
         "            if context is not None and context.canceled:\n"
         '                raise CanceledError("the wait\'s context was canceled")\n'
-        "            ensure_open()\n",
+        "            self.ensure_open()\n",
         "context::a_wait_asks_closed_before_canceled_before_found_before_late",
     ),
     _mutant(
@@ -1551,8 +1551,8 @@ MUTANTS = [
     _mutant(
         "a-wait-stays-enrolled",
         "a wait that ended gets a ring that is another's",
-        "        if enroll:\n            leave(waiter)\n",
-        "        if not enroll:\n            leave(waiter)\n",
+        "        if enroll:\n            yield partial(self.leave, waiter)\n",
+        "        if not enroll:\n            yield partial(self.leave, waiter)\n",
         "doorbell::waiters_leave_nothing_behind",
     ),
     _mutant(
