@@ -345,7 +345,7 @@ class AsyncJetStream:
         lock = self._looks.setdefault(key, asyncio.Lock())
         async with lock:
             seen = loop.time()
-            if seen - begun > self._settings.patience:  # what the one before has waited for
+            if seen - begun > self.settings.patience:  # what the one before has waited for
                 raise BackendError(f"take of {key!a}: no answer from {self._link.where}; not taken")
             message = await self._next(key, seq, self._taking)
             if message is not None:
