@@ -29,7 +29,7 @@ from sqlspace import (
 from sqlspace.jetstream import AsyncJetStream, JetStream, receipts
 from sqlspace.jetstream.subjects import Subjects
 from sqlspace.space import AsyncSpace, Space
-from sqlspace.testing import check_space
+from sqlspace.testing import check_async_space, check_space
 from sqlspace.waiting import MISSING
 
 # nats-py leaves those of connections that it has given up.
@@ -115,6 +115,11 @@ def only_rings(monkeypatch):
 @pytest.mark.usefixtures("only_rings")
 def test_it_obeys_the_law_of_the_protocol(nats_server):
     check_space(lambda: JetStream(nats_server.url, stream=next(names)))
+
+
+@pytest.mark.usefixtures("only_rings")
+def test_it_obeys_the_law_of_the_protocol_for_coroutines(nats_server):
+    check_async_space(lambda: AsyncJetStream(nats_server.url, stream=next(names)))
 
 
 def test_both_are_spaces(space, nats_server):
