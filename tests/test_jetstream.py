@@ -29,7 +29,7 @@ from sqlspace import (
 from sqlspace.jetstream import AsyncJetStream, JetStream, receipts
 from sqlspace.jetstream.subjects import Subjects
 from sqlspace.space import AsyncSpace, Space
-from sqlspace.testing import check_space
+from sqlspace.testing import check_async_space, check_space
 from sqlspace.waiting import MISSING
 
 # nats-py leaves those of connections that it has given up.
@@ -106,8 +106,20 @@ def drained(space, key):
 # -- the law
 
 
+@pytest.fixture
+def only_rings(monkeypatch):
+    """Waiters never look by themselves: else a missing ring is a delay that no test notices."""
+    monkeypatch.setattr("sqlspace.jetstream.bells.LOOK_AGAIN_SECONDS", 1e6)
+
+
+@pytest.mark.usefixtures("only_rings")
 def test_it_obeys_the_law_of_the_protocol(nats_server):
     check_space(lambda: JetStream(nats_server.url, stream=next(names)))
+
+
+@pytest.mark.usefixtures("only_rings")
+def test_it_obeys_the_law_of_the_protocol_for_coroutines(nats_server):
+    check_async_space(lambda: AsyncJetStream(nats_server.url, stream=next(names)))
 
 
 def test_both_are_spaces(space, nats_server):
@@ -197,6 +209,7 @@ def test_a_waiter_asks_the_server_for_nothing(space, nats_server):
         assert waiter() == key
 
 
+@pytest.mark.usefixtures("only_rings")
 def test_a_ring_that_came_for_a_taker_that_was_canceled_wakes_another(space, nats_server, stream):
     """The server rings one taker for one entry; that one passes it on."""
     with JetStream(nats_server.url, stream=stream) as other:
@@ -525,6 +538,27 @@ def test_a_taker_that_comes_back_after_its_entry_was_taken_off_it_loses_nothing(
             await frozen._receipts.undo(claim)
             await frozen._receipts.undo(claim)
             assert [await space.inp("k"), await space.inp("k")] == ["value", None]
+
+    asyncio.run(run())
+
+
+@pytest.mark.usefixtures("only_rings")
+def test_an_entry_that_is_given_back_wakes_a_taker(nats_server, stream):
+    """It went past that entry, and would sleep."""
+
+    async def run():
+        async with (
+            AsyncJetStream(nats_server.url, stream=stream) as space,
+            AsyncJetStream(nats_server.url, stream=stream) as other,
+        ):
+            claim = await claimed_by_the_dead(space, "k", "value")
+            waiting = asyncio.create_task(other.in_("k"))
+            bells = other._bells._bells
+            while not (bells and bells["k", True].asleep):  # noqa: ASYNC110
+                await asyncio.sleep(0)
+            await space._receipts.undo(claim)
+            async with asyncio.timeout(30):
+                assert await waiting == "value"
 
     asyncio.run(run())
 

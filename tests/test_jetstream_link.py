@@ -178,3 +178,68 @@ def test_a_request_that_nobody_answers_ends_with_the_patience(nats_server, start
             await link.publish(f"{name}.key.a", b"z")
 
     asyncio.run(run())
+
+
+def test_only_this_package_needs_nats(child):
+    """Without the extra it says which one."""
+    without = child(
+        """
+        assert "nats" not in sys.modules
+        sys.modules["nats"] = None
+        try:
+            import sqlspace.jetstream
+        except ImportError as error:
+            tell(error)
+        """
+    )
+    without.expect("sqlspace.jetstream needs nats-py: pip install 'sqlspace[nats]'")
+    without.finish()
+
+
+def test_a_batch_rings_for_each_of_its_messages(nats_server):
+    name = next(names)
+
+    async def run():
+        link = await open_link(nats_server.url, name)
+        await link.ensure_stream(
+            {
+                "name": f"{name}r",
+                "subjects": [f"{name}r.key.*"],
+                "allow_atomic": True,
+                "republish": {
+                    "src": f"{name}r.key.*",
+                    "dest": f"{name}r.new.{{{{wildcard(1)}}}}",
+                    "headers_only": True,
+                },
+            }
+        )
+        rung = asyncio.Semaphore(0)
+        await link.listen(f"{name}r.new.a", "", rung.release)
+        await link.publish_many([Outgoing(f"{name}r.key.a", b"x", f"id{n}") for n in range(5)])
+        async with asyncio.timeout(30):
+            for _ in range(5):
+                await rung.acquire()
+        await link.close(1.0)
+
+    asyncio.run(run())
+
+
+def test_what_is_too_large_is_refused_before_it_is_sent(nats_server):
+    """The server would cut the connection over it."""
+    name = next(names)
+
+    async def run():
+        link = await open_link(nats_server.url, name)
+        asked = link.requests
+        for payload, headers in ((b"x" * link.max_payload, {}), (b"", {"H": "é" * 600_000})):
+            with pytest.raises(ValueError, match="must be at most 1,048,576 bytes here"):
+                await link.publish(f"{name}.key.a", payload, headers=headers)
+            with pytest.raises(ValueError, match="must be at most 1,048,576 bytes here"):
+                await link.publish_many([Outgoing(f"{name}.key.a", payload, "id", headers)])
+        assert link.requests == asked
+        large = b"x" * (link.max_payload - 600)
+        await link.publish_many([Outgoing(f"{name}.key.a", large, f"id{n}") for n in range(3)])
+        assert await held(link, name) == [large] * 3
+        await link.close(1.0)
+
+    asyncio.run(run())

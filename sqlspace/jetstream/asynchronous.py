@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, Self
+from weakref import WeakValueDictionary
 
 from sqlspace.arguments import (
     check_key,
@@ -116,6 +117,7 @@ class AsyncJetStream:
         # deletion the server has not confirmed.
         self._taking: dict[str, set[int]] = {}
         self._deleting: dict[str, set[int]] = {}
+        self._looks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._progress = asyncio.Event()  # another deletion is confirmed, or it is closed
         self._tidying: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
@@ -319,12 +321,10 @@ class AsyncJetStream:
         """Take the head of a checked key: what is `Taken`, or MISSING."""
         seq = 0
         while True:
-            seen = asyncio.get_running_loop().time()
-            message = await self._next(key, seq, self._taking)
+            message, seen = await self._picked(key, seq)
             if message is None:
                 return MISSING
             seq = message.seq + 1
-            self._taking.setdefault(key, set()).add(message.seq)
             try:
                 taken = await self._try_message(key, message, seen)
             except BaseException:
@@ -333,6 +333,24 @@ class AsyncJetStream:
             if taken is not None:
                 return taken  # it stays there until it is deleted or restored
             _remove(self._taking, key, message.seq)
+
+    async def _picked(self, key: str, seq: int) -> tuple[Message | None, float]:
+        """The first entry from a seq on that this client isn't taking: now it is; and when seen.
+
+        One call of a key looks at a time: 16 at once all saw the same head, and took 1,000 a second
+        together, not 2,300.
+        """
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        lock = self._looks.setdefault(key, asyncio.Lock())
+        async with lock:
+            seen = loop.time()
+            if seen - begun > self.settings.patience:  # what the one before has waited for
+                raise BackendError(f"take of {key!a}: no answer from {self._link.where}; not taken")
+            message = await self._next(key, seq, self._taking)
+            if message is not None:
+                self._taking.setdefault(key, set()).add(message.seq)
+            return message, seen
 
     async def _try_message(self, key: str, message: Message, seen: float) -> Taken | None:
         """Take an entry, unless it is another's."""

@@ -17,6 +17,7 @@ from .connection import AgainError, Connection, Msg
 
 __all__ = ["WRONG_LAST_SEQUENCE", "Link", "Message", "Outgoing", "RefusedError"]
 
+_OWN_HEADER_BYTES = 512  # the first line, the message's id, and those of a batch
 BATCH = 1000  # messages in one atomic batch, as many as the server allows
 
 # JetStream's own numbers of errors.
@@ -109,9 +110,11 @@ class Link(Connection):
             message_id: By which the stream knows it again; a new one unless given.
 
         Raises:
+            ValueError: it is larger than the server takes; nothing was sent.
             BackendError: nobody answered, or the stream is full.
             RefusedError: the server said no for another reason.
         """
+        self.check_size(payload, headers or {})
         own = {"Nats-Msg-Id": message_id or self.new_id(), **(headers or {})}
         try:
             return await self.request(self.sending(subject, payload, own), _seq, doing, writes=True)
@@ -119,6 +122,16 @@ class Link(Connection):
             if error.number == STORE_FAILED:
                 raise BackendError(f"{doing}: {error}; nothing was written") from error
             raise
+
+    def check_size(self, payload: bytes, headers: Mapping[str, str]) -> None:
+        """Refuse what the server would not take, for it would cut the connection over it."""
+        size = len(payload) + _OWN_HEADER_BYTES
+        size += sum(len(name) + len(text.encode()) + 4 for name, text in headers.items())
+        if size > self.max_payload:
+            raise ValueError(
+                f"payload must be at most {self.max_payload:,} bytes here with its headers, "
+                f"not {size:,}"
+            )
 
     async def publish_many(self, messages: Sequence[Outgoing], *, doing: str = "publish") -> None:
         """Have a stream store messages in this order, each once however often it is sent.
@@ -135,9 +148,11 @@ class Link(Connection):
             doing: For the error's message.
 
         Raises:
-            BackendError, RefusedError: as `publish`. Published again, those that are stored
-                already are not stored twice, as long as the duplicate_window lasts.
+            ValueError, BackendError, RefusedError: as `publish`. Published again, those that are
+                stored already are not stored twice, as long as the duplicate_window lasts.
         """
+        for message in messages:
+            self.check_size(message.payload, message.headers)
         for start in range(0, len(messages), BATCH):
             await self._publish_batch(messages[start : start + BATCH], doing)
 
