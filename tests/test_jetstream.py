@@ -689,6 +689,25 @@ def test_an_entry_is_gone_when_its_ttl_is_over(space):
     assert drained(space, "k") == ["stays", "long", "minutes"]
 
 
+def test_a_stream_that_knows_no_ttl_refuses_only_that(nats_server, stream):
+    """As one of a server before 2.11: nothing is written, and all else works."""
+
+    async def make():
+        async with AsyncJetStream(nats_server.url, stream=next(names)) as any_space:
+            config = {**any_space.settings.streams[0], "name": stream, "allow_msg_ttl": False}
+            for name in ("subjects", "republish"):
+                text = json.dumps(config[name]).replace(any_space.settings.subjects.entries, stream)
+                config[name] = json.loads(text)
+            await any_space.link.api(f"STREAM.CREATE.{stream}", config, "make", writes=True)
+
+    asyncio.run(make())
+    with JetStream(nats_server.url, stream=stream) as space:
+        with pytest.raises(BackendError, match="a ttl needs nats-server"):
+            space.out("k", 1, ttl=60)
+        space.out("k", 2, ttl=float("inf"))
+        assert (space.len("k"), space.in_("k", 0)) == (1, 2)
+
+
 @pytest.mark.parametrize("closed", [False, True])
 def test_misuse_is_refused_before_anything_is_touched(space, closed):
     if closed:

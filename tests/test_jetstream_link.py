@@ -7,7 +7,7 @@ import pytest
 from nats_servers import Proxy
 
 from sqlspace.errors import BackendError, ClosedError
-from sqlspace.jetstream.link import Link, Outgoing, RefusedError
+from sqlspace.jetstream.link import DUPLICATE_IN_BATCH, Link, Outgoing, RefusedError
 from sqlspace.jetstream.subjects import Subjects, decoded, encoded
 
 KEYS = (
@@ -108,7 +108,8 @@ def test_a_server_that_is_killed_loses_nothing_that_it_has_acknowledged(start_na
     asyncio.run(run())
 
 
-def test_many_are_stored_in_order_and_once_though_some_were_before(nats_server):
+def test_a_batch_is_stored_in_order_and_all_of_it_or_none(nats_server):
+    """One message that is there already refuses all of them."""
     name = next(names)
 
     async def run():
@@ -116,24 +117,12 @@ def test_many_are_stored_in_order_and_once_though_some_were_before(nats_server):
         messages = [
             Outgoing(f"{name}.key.a", b"%d" % number, f"id{number}") for number in range(40)
         ]
-        await link.publish_many(messages[:10])
-        await link.publish_many(messages[5:30])
-        await link.publish_many(messages)
+        await link.publish_batch(messages[:30])
+        with pytest.raises(RefusedError) as refused:
+            await link.publish_batch(messages[29:])
+        assert refused.value.number == DUPLICATE_IN_BATCH
+        await link.publish_batch(messages[30:])
         assert await held(link, name) == [b"%d" % number for number in range(40)]
-        await link.close(1.0)
-
-    asyncio.run(run())
-
-
-def test_many_go_one_after_the_other_into_a_stream_without_batches(nats_server):
-    name = next(names)
-
-    async def run():
-        link = Link(nats_server.url, 5.0, {})
-        await link.open()
-        await link.ensure_stream({"name": name, "subjects": [f"{name}.key.*"]})
-        await link.publish_many([Outgoing(f"{name}.key.a", b"%d" % n, f"id{n}") for n in range(9)])
-        assert await held(link, name) == [b"%d" % number for number in range(9)]
         await link.close(1.0)
 
     asyncio.run(run())
@@ -215,7 +204,7 @@ def test_a_batch_rings_for_each_of_its_messages(nats_server):
         )
         rung = asyncio.Semaphore(0)
         await link.listen(f"{name}r.new.a", "", rung.release)
-        await link.publish_many([Outgoing(f"{name}r.key.a", b"x", f"id{n}") for n in range(5)])
+        await link.publish_batch([Outgoing(f"{name}r.key.a", b"x", f"id{n}") for n in range(5)])
         async with asyncio.timeout(30):
             for _ in range(5):
                 await rung.acquire()
@@ -234,11 +223,9 @@ def test_what_is_too_large_is_refused_before_it_is_sent(nats_server):
         for payload, headers in ((b"x" * link.max_payload, {}), (b"", {"H": "é" * 600_000})):
             with pytest.raises(ValueError, match="must be at most 1,048,576 bytes here"):
                 await link.publish(f"{name}.key.a", payload, headers=headers)
-            with pytest.raises(ValueError, match="must be at most 1,048,576 bytes here"):
-                await link.publish_many([Outgoing(f"{name}.key.a", payload, "id", headers)])
         assert link.requests == asked
         large = b"x" * (link.max_payload - 600)
-        await link.publish_many([Outgoing(f"{name}.key.a", large, f"id{n}") for n in range(3)])
+        await link.publish_batch([Outgoing(f"{name}.key.a", large, f"id{n}") for n in range(3)])
         assert await held(link, name) == [large] * 3
         await link.close(1.0)
 

@@ -144,7 +144,7 @@ def forward(
     SQLSPACE_HEADERS are in its environment. If it ends with 0 the entry has arrived; else it is
     tried again.
 
-    In the stream of a NATS server (2.12 or later) each entry is once, whatever is killed; it is
+    In the stream of a NATS server (2.12.1 or later) each entry is once, whatever is killed; it is
     made if it isn't there. With --from they come back: each is deleted there when it is here.
 
     On a terminal a screen shows how it goes; q ends it. Else there is a line on stderr whenever

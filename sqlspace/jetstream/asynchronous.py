@@ -111,7 +111,7 @@ class AsyncJetStream:
         self._link = Link(settings.servers, settings.patience, connect)
         self._receipts = Receipts(self._link, self._subjects, self._again)
         self._bells = Bells(self._link, self._subjects.ring)
-        self._direct = False
+        self._direct = self._expires = False
         self._longest = 0
         # By key, entries that this client is taking, and those of them that are ours already, whose
         # deletion the server has not confirmed.
@@ -152,6 +152,7 @@ class AsyncJetStream:
             if wanted["name"] == self._subjects.entries:
                 # A follower may be behind: what it shows may be gone for longer than receipts stay.
                 self._direct = config["num_replicas"] == 1
+                self._expires = config.get("allow_msg_ttl", False)
                 limits = [self._link.max_payload, config.get("max_msg_size", -1)]
                 self._longest = min(limit for limit in limits if limit > 0) - _HEADER_BYTES
                 window = config.get("duplicate_window", 0) / NANOSECONDS
@@ -195,6 +196,11 @@ class AsyncJetStream:
         self._ensure_open()
         headers = {}
         if seconds is not None and seconds < _LONGEST_TTL_SECONDS:
+            if not self._expires:
+                raise BackendError(
+                    f"out of {key!a}: a ttl needs nats-server 2.11 or later, and a stream with "
+                    "allow_msg_ttl; nothing was added"
+                )
             headers = {
                 "Nats-TTL": str(math.ceil(seconds)),
                 EXPIRES: repr(time.time() + seconds),

@@ -47,7 +47,7 @@ class Endpoint:
     It connects when there is something to send, so nothing is raised here while the server is down.
 
     Each entry is in the stream once, whatever is killed, however long anything takes, and with any
-    number of forwarders: the server must be 2.12 or later, and the stream have `allow_atomic`, as
+    number of forwarders: the server must be 2.12.1 or later, and the stream have `allow_atomic`, as
     one that is made here has. With others an entry is sent again, if this process or the server
     dies, and more than the stream's `duplicate_window` passes until the forwarding goes on; and
     they get one entry at a time, for several under way could change places.
@@ -225,6 +225,7 @@ class JetStreamSender:
         self._subjects = settings.subjects
         self._access = Access(settings)
         self._loop = Loop()
+        self._batches = True  # unless the server takes no message ids in them, as 2.12.0
         self._sending: set[asyncio.Task[int]] = set()
         self._stopped = False
         # Known for certain; and what of it has left the store since. Only the loop touches them.
@@ -369,10 +370,13 @@ class JetStreamSender:
     async def _publish(self, stream: Opened, messages: list[Outgoing], known: _Position) -> int:
         """Publish entries and position; the position's seq."""
         doing = "forward"
-        if stream.batches:
+        if stream.batches and self._batches:
             try:
                 return await stream.link.publish_batch(messages, doing=doing)
             except RefusedError as error:
+                if error.number == link.UNSUPPORTED_IN_BATCH:
+                    self._batches = False
+                    return await self._publish(stream, messages, known)
                 if error.number != link.DUPLICATE_IN_BATCH:
                     raise
                 last = await stream.link.last_message(

@@ -30,7 +30,7 @@ _CLAIM_UNDER_WAY = 10164  # a wrong last sequence too, of what is being written 
 _DUPLICATE_UNDER_WAY = 10158
 _NO_PEERS = 10005  # enough of the cluster's servers are there, but not yet
 DUPLICATE_IN_BATCH = 10201
-_NO_BATCHES = 10174
+UNSUPPORTED_IN_BATCH = 10177  # message ids: nats-server 2.12.0
 _DELETE_FAILED = 10057
 _NO_SUCH_SEQ = 10043
 _NOT_THERE = frozenset({"no message found", "stream store EOF"})  # EOF: beyond the last
@@ -133,31 +133,15 @@ class Link(Connection):
                 f"not {size:,}"
             )
 
-    async def publish_many(self, messages: Sequence[Outgoing], *, doing: str = "publish") -> None:
-        """Have a stream store messages in this order, each once however often it is sent.
-
-        They go out together, as one atomic batch of at most `BATCH`, so all or none are stored. To
-        have several publishes under way at once instead would not keep the order: a stream that
-        has just got a leader takes the later ones.
-
-        Where some are stored already, or the server has no batches (before 2.12, or a stream
-        without allow_atomic), they go one after the other.
-
-        Args:
-            messages: With ids by which the stream knows them again, of one stream.
-            doing: For the error's message.
-
-        Raises:
-            ValueError, BackendError, RefusedError: as `publish`. Published again, those that are
-                stored already are not stored twice, as long as the duplicate_window lasts.
-        """
-        for message in messages:
-            self.check_size(message.payload, message.headers)
-        for start in range(0, len(messages), BATCH):
-            await self._publish_batch(messages[start : start + BATCH], doing)
-
     async def publish_batch(self, messages: Sequence[Outgoing], *, doing: str = "publish") -> int:
         """Have a stream store up to `BATCH` messages as one, or none; the seq of the last one.
+
+        They go out together. To have several publishes under way at once instead would not keep the
+        order: a stream that has just got a leader takes the later ones.
+
+        Args:
+            messages: With ids by which the stream knows them again; of a size that it takes.
+            doing: For the error's message.
 
         Raises:
             BackendError: nobody answered, or the stream is full.
@@ -172,20 +156,6 @@ class Link(Connection):
             if error.number == STORE_FAILED:
                 raise BackendError(f"{doing}: {error}; nothing was written") from error
             raise
-
-    async def _publish_batch(self, messages: Sequence[Outgoing], doing: str) -> None:
-        if len(messages) > 1:
-            try:
-                await self.publish_batch(messages, doing=doing)
-            except RefusedError as error:
-                if error.number not in {DUPLICATE_IN_BATCH, _NO_BATCHES}:
-                    raise
-            else:
-                return
-        for subject, payload, message_id, headers in messages:
-            await self.publish(
-                subject, payload, headers=headers, doing=doing, message_id=message_id
-            )
 
     async def _send_batch(self, messages: Sequence[Outgoing], reply: str) -> None:
         """Send them all as the lines of the protocol, in one piece.

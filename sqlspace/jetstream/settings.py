@@ -97,7 +97,7 @@ class Settings:
 def differences(wanted: dict[str, Any], config: dict[str, Any]) -> str:
     """How a stream that is there differs where it matters, or ""."""
     sizes = {"name", "storage", "num_replicas", "max_bytes", "max_msgs", "duplicate_window"}
-    sizes |= {"allow_atomic"}
+    sizes |= {"allow_atomic", "allow_msg_ttl"}  # what a server may lack, and some verbs only need
     must = {name: value for name, value in wanted.items() if name not in sizes}
     must |= {"deny_delete": False, "deny_purge": False, "sealed": False, "mirror": None}
     found = []
@@ -107,8 +107,6 @@ def differences(wanted: dict[str, Any], config: dict[str, Any]) -> str:
             there = {part: there.get(part) for part in value}
         if there != value:
             found.append(f"{name} is {there!r}, not {value!r}")
-            if name == "allow_msg_ttl" and "allow_msg_ttl" not in config:
-                found.append("for that the server must be nats-server 2.11 or later")
     return ", ".join(found)
 
 

@@ -203,7 +203,7 @@ class JetStream:
     entry is passed by, and still counted and shown.
 
     A wait is rung by the server, and asks it for nothing but a look every five seconds. The server
-    must be nats-server 2.11 or later. In a forked child the space connects anew.
+    must be nats-server 2.10 or later, for a ttl 2.11. In a forked child the space connects anew.
 
     Args:
         servers: A URL of a server, or several of one cluster.

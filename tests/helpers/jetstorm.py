@@ -1,6 +1,6 @@
 """A storm over JetStream: producers and takers killed and frozen, and their server and network too.
 
-    scripts/jetstorm --minutes 5 --seed 4
+    scripts/storm --jetstream --minutes 5 --seed 4
 
 A storm is a row of rounds, each with a server and a stream of its own: rage, a calm in which all is
 mended and drained, and the judgement. Producers and takers are processes; some reach the server
@@ -389,7 +389,9 @@ def run(folder, *, seconds, seed, plant=None, tick=lambda *_: None):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="scripts/jetstorm", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="scripts/storm --jetstream", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=secrets.randbelow(10_000))
     parser.add_argument("--plant", choices=PLANTS, help="a bug, to see that it is found")
