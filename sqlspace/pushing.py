@@ -236,12 +236,7 @@ def vigil_for_room(database: Database, wanted: Push) -> Vigil:
             waiter.found = attempt
 
     def restore(waiter: Waiter) -> None:
-        def step(connection: Connection) -> Iterable[str]:
-            waiter.found.undo(connection)
-            return (token,)
-
-        if waiter.found.new:
-            database.transact(step)
+        taking.take_back(database, waiter.found, token, [])
 
     return taking.vigil(database, look, [token], restore=restore, limit=wanted.max_len)
 

@@ -20,7 +20,7 @@ from .connection import Connection, disagreement
 from .database import Database
 from .doorbell import Doorbell, room_token
 from .entries import Grant, Head, Lease
-from .errors import SpaceError
+from .errors import ClosedError, SpaceError
 from .space import Context
 from .waiting import MISSING, Vigil, Waiter, surely, wait
 
@@ -195,28 +195,49 @@ class Grab(Operation):
 
     def restore(self) -> None:
         """Put it back, when the call that took it raises after all."""
-        back = _Return(self)
+        take_back(self.database, self, self.head.key, self.back)
+
+
+def take_back(database: Database, found: Operation, token: str, back: list[Any]) -> None:
+    """Undo what a wait has found, which raises after all.
+
+    Args:
+        database: Where.
+        found: That did it.
+        token: The doorbell's.
+        back: Not empty once it is undone.
+    """
+    undoing = _Undoing(found, token, back)
+
+    def undo() -> None:
         try:
-            surely(lambda: self.database.write(back))
-        except SpaceError:
-            path = self.database.options.path
-            log.exception("%s: entry %d could not be put back", path, self.head.seq)
+            database.write(undoing)
+        except ClosedError:
+            database.undo(found)
+
+    try:
+        surely(undo)
+    except SpaceError:
+        log.exception("%s: a call that failed could not be undone", database.options.path)
 
 
-class _Return(Operation):
-    """Puts back what was grabbed."""
+class _Undoing(Operation):
+    """Undoes another."""
 
-    def __init__(self, grab: Grab) -> None:
+    def __init__(self, found: Operation, token: str, back: list[Any]) -> None:
         super().__init__()
-        self._grab = grab
+        self.whole = found.whole
+        self._found = found
+        self._token = token
+        self._back = back
 
     def step(self, connection: Connection) -> Iterable[str]:
-        self._grab.undo(connection)
-        return (self._grab.head.key,)
+        self._found.undo(connection)
+        return (self._token,)
 
     def retract(self) -> None:
         super().retract()
-        self._grab.back.clear()
+        self._back.clear()
 
 
 D = TypeVar("D")

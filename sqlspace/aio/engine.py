@@ -27,7 +27,7 @@ from typing import Any, Final, TypeVar
 
 from sqlspace.committer import BATCH_OPERATIONS, Operation
 from sqlspace.database import Database
-from sqlspace.errors import SpaceError
+from sqlspace.errors import SpaceError, StoreError
 from sqlspace.taking import Grab, grabbing
 from sqlspace.waiting import LOOK_AGAIN_SECONDS, Vigil, Waiter
 
@@ -71,7 +71,7 @@ class Engine:
 
     def _begin(self) -> None:
         """With no thread yet."""
-        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="sqlspace-aio")
+        self._pool = _new_pool()
         self._jobs: deque[_Job] = deque()
         self._go = threading.Lock()  # released when there are jobs
         self._go.acquire()
@@ -80,6 +80,7 @@ class Engine:
         self._ear = Waiter()
         self._listener: threading.Thread | None = None
         self._waits: dict[Vigil, None] = {}
+        self._writes: dict[Operation, None] = {}  # whose coroutines may have them undone
         self._lock = threading.Lock()  # of the start and the end of threads
 
     def forget(self) -> None:
@@ -91,7 +92,9 @@ class Engine:
     async def call(self, function: Callable[..., T], *args: Any, **named: Any) -> T:
         """What a function returns, run in a thread, and to its end even if this is cancelled."""
         loop = asyncio.get_running_loop()
-        return await to_the_end(loop.run_in_executor(self._pool, partial(function, *args, **named)))
+        with self._lock:  # or it might be closed just now
+            begun = loop.run_in_executor(self._pool, partial(function, *args, **named))
+        return await to_the_end(begun)
 
     async def wait(self, vigil: Vigil, *, looked: bool = False) -> Any:
         """Wait at the doorbell until something is found, and return that."""
@@ -135,19 +138,26 @@ class Engine:
             ClosedError, StoreError: as `Database.write`.
         """
         job = _Job(operation, asyncio.get_running_loop())
-        self._submit(job)
+        self._writes[operation] = None
         try:
+            self._submit(job)
             await job.future
         except BaseException as error:
             if not self._withdraw(job):
-                undo = _Job(operation, job.loop, undoes=True)
-                self._jobs.append(undo)  # behind the job
-                self._call_worker()
+                undo = _Job(operation, job.loop, undoes=True)  # behind the job
                 # If it was thrown away unfinished, nothing can be awaited. That may have been by
-                # the garbage collector, in the middle of anything: so no lock was waited for.
-                if not isinstance(error, GeneratorExit):
+                # the garbage collector, in the middle of anything: so no lock is waited for.
+                if isinstance(error, GeneratorExit):
+                    self._jobs.append(undo)
+                    self._call_worker()
+                else:
+                    self._submit(undo)
                     await to_the_end(undo.future)
             raise
+        finally:
+            del self._writes[operation]
+            if self._closed:
+                self._call_worker()  # which stays as long as there may be something to undo
         if operation.error is not None:
             raise operation.error
 
@@ -167,7 +177,7 @@ class Engine:
         try:
             self._jobs.remove(job)
         except ValueError:
-            return False
+            return self.database.call_off(job.operation)
         return True
 
     # -- in the worker
@@ -180,7 +190,9 @@ class Engine:
 
     def _is_done(self) -> bool:
         with self._lock:
-            if self._jobs or not self._closed:
+            if self._worker is not threading.current_thread():
+                return True  # Ctrl-C cut off its start, and the next one's undoes must not meet it
+            if self._jobs or self._writes or not self._closed:
                 return False
             self._worker = None
             return True
@@ -232,15 +244,29 @@ class Engine:
             return False
 
     def close(self) -> None:
-        """Let the threads go, when they have done what there is."""
+        """Let the threads go, when they have done what there is; what comes later gets new ones."""
+        self.forsake()
+        with self._lock:
+            self._pool.shutdown(wait=False)
+            self._pool = _new_pool()
+
+    def forsake(self) -> None:
+        """The same for the garbage collector, which may wait for no lock."""
         self._closed = True
         self._ear.wake()
         self._call_worker()
 
 
+def _new_pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_THREADS, thread_name_prefix="sqlspace-aio")
+
+
 def _start(run: Callable[[], None], name: str) -> threading.Thread:
     thread = threading.Thread(target=run, name=name, daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError as error:  # the process may have no more threads
+        raise StoreError(f"no thread for coroutines: {error}") from error
     return thread
 
 

@@ -227,22 +227,24 @@ class Store:
         during the commit, it may have been done.
         """
         check_callable(function, "function")
+        loop = asyncio.get_running_loop()
         cancelled = False
 
         def run() -> T:
             with self._store.transaction() as together:
                 outcome = function(together)
-                if cancelled:
+                if cancelled or loop.is_closed():
                     raise _RollBackError
                 return outcome
 
         begun = asyncio.ensure_future(self._engine.call(run))
         try:
             return await asyncio.shield(begun)
-        except asyncio.CancelledError:
+        except BaseException as error:
             cancelled = True
-            with contextlib.suppress(Exception):
-                await to_the_end(begun)
+            if not isinstance(error, GeneratorExit):  # then nothing can be awaited
+                with contextlib.suppress(Exception):
+                    await to_the_end(begun)
             raise
 
     def space(
@@ -327,7 +329,7 @@ class Store:
     def __del__(self) -> None:
         engine = self.__dict__.get("_engine")
         if engine is not None:
-            engine.close()
+            engine.forsake()
 
     def __repr__(self) -> str:
         return f"<sqlspace.aio {self._store!r}>"
@@ -364,7 +366,15 @@ class _Opening:
         self._store: Store
 
     async def _open(self) -> Store:
-        return Store(await asyncio.to_thread(self._begin))
+        run = asyncio.get_running_loop().run_in_executor
+        opened: list[store.Store] = []
+        try:
+            await to_the_end(run(None, lambda: opened.append(self._begin())))
+        except BaseException:
+            for each in opened:
+                await to_the_end(run(None, each.close))
+            raise
+        return Store(opened[0])
 
     def __await__(self) -> Generator[Any, None, Store]:
         return self._open().__await__()
