@@ -560,6 +560,44 @@ def test_a_worker_whose_start_was_cut_off_works_for_nobody(path, monkeypatch):
     asyncio.run(main())
 
 
+def test_of_what_is_undone_together_the_last_is_undone_first(path):
+    """A push can't be undone while the pull stands that took its entry."""
+    job = sqlspace.aio.engine._Job
+
+    async def main():
+        async with open_(path) as store:
+            loop = asyncio.get_running_loop()
+            push = job(sqlspace.pushing.Push("k", b"x"), loop)
+            pull = job(sqlspace.taking.Grab(store._database, ["k"]), loop)
+            store._engine._carry_out([push, pull])
+            assert (pull.operation.head.payload, await store.len("k")) == (b"x", 0)
+            undoes = [job(each.operation, loop, undoes=each) for each in (push, pull)]
+            store._engine._carry_out(undoes)
+            assert await store.len("k") == 0
+            assert not [stone async for stone in store.history("k")]
+
+    asyncio.run(main())
+
+
+def test_ctrl_c_while_the_loop_is_told_leaves_nobody_waiting():
+    """The loop is told again."""
+
+    class Interrupted(asyncio.Future):
+        def set_result(self, result):
+            super().set_result(result)
+            raise KeyboardInterrupt
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        first, second = (sqlspace.aio.engine._Job(None, loop) for _ in range(2))
+        first.future = Interrupted()
+        with pytest.raises(KeyboardInterrupt):
+            sqlspace.aio.engine._tell([first, second])
+        await asyncio.wait_for(second.future, LIMIT_SECONDS)
+
+    asyncio.run(main())
+
+
 def test_a_store_that_was_cancelled_while_it_opened_is_closed(path):
     """Nobody has it."""
     opened = []

@@ -15,7 +15,9 @@ there are any.
 
 import asyncio
 import contextlib
+import itertools
 import logging
+import operator
 import os
 import threading
 import weakref
@@ -44,17 +46,32 @@ _THREADS: Final = 16  # that many share a commit 4 times as well as one
 
 
 class _Job:
-    """An operation to carry out, or to undo, and the future that tells when that is done."""
+    """An operation to carry out, or to undo, and the future that tells when that is done.
 
-    __slots__ = ("future", "loop", "operation", "undoes")
+    Args:
+        operation: To carry out.
+        loop: Of the future.
+        undoes: The job whose operation is to be undone instead.
+    """
+
+    __slots__ = ("future", "loop", "number", "operation", "undoes")
 
     def __init__(
-        self, operation: Operation, loop: asyncio.AbstractEventLoop, *, undoes: bool = False
+        self,
+        operation: Operation,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        undoes: "_Job | None" = None,
     ) -> None:
         self.operation = operation
         self.loop = loop
         self.undoes = undoes
+        self.number: int = next(_numbers) if undoes is None else undoes.number
         self.future = loop.create_future()
+
+
+_numbers = itertools.count()
+_NUMBER = operator.attrgetter("number")
 
 
 class Engine:
@@ -144,7 +161,7 @@ class Engine:
             await job.future
         except BaseException as error:
             if not self._withdraw(job):
-                undo = _Job(operation, job.loop, undoes=True)  # behind the job
+                undo = _Job(operation, job.loop, undoes=job)  # behind the job
                 # If it was thrown away unfinished, nothing can be awaited. That may have been by
                 # the garbage collector, in the middle of anything: so no lock is waited for.
                 if isinstance(error, GeneratorExit):
@@ -207,10 +224,12 @@ class Engine:
 
     def _carry_out(self, jobs: list[_Job]) -> None:
         self.database.write_all([job.operation for job in jobs if not job.undoes])
-        ended: dict[asyncio.AbstractEventLoop, list[_Job]] = {}
-        for job in jobs:
+        # The last first: no push can be undone while the pull stands that took its entry.
+        for job in sorted(jobs, key=_NUMBER, reverse=True):
             if job.undoes:
                 self._undo(job.operation)
+        ended: dict[asyncio.AbstractEventLoop, list[_Job]] = {}
+        for job in jobs:
             ended.setdefault(job.loop, []).append(job)
         for loop, its in ended.items():
             try:
@@ -272,9 +291,13 @@ def _start(run: Callable[[], None], name: str) -> threading.Thread:
 
 def _tell(jobs: list[_Job]) -> None:
     """In their loop."""
-    for job in jobs:
-        if not job.future.done():  # else it was cancelled
-            job.future.set_result(None)
+    try:
+        for job in jobs:
+            if not job.future.done():  # else it was cancelled
+                job.future.set_result(None)
+    except BaseException:  # Ctrl-C: the others would wait for ever, and asyncio.run for them
+        jobs[0].loop.call_soon(_tell, jobs)
+        raise
 
 
 _all: weakref.WeakSet[Engine] = weakref.WeakSet()

@@ -38,7 +38,8 @@ class Store:
     Its verbs are those of `sqlspace.Store`, awaited; instead of `timeout` and `context` there are
     `asyncio.timeout` and cancellation. A verb that was cancelled did nothing, and is cancelled as
     soon as that is certain: an entry was returned, or it is in the store. That is so for all that
-    push, take, claim and settle; any other verb is finished first, and its outcome lost.
+    push, take, claim and settle, but for a nack, and for a push whose entry another has taken by
+    then: they may stay done. Any other verb is finished first, and its outcome lost.
 
     Args:
         sync: A Store, which threads may go on using; closing either closes both.
