@@ -201,7 +201,7 @@ class Database:
         self._committer.answer()
 
     def call_off(self, operation: Operation) -> bool:
-        """Whether that, of `write_all`, has not been begun, and never will be."""
+        """Whether it has not been begun, and never will be; by another thread than its own."""
         return self._committer.call_off(operation)
 
     def undo(self, operation: Operation) -> None:
@@ -210,22 +210,24 @@ class Database:
         with committer.lock:
             committer.leader = threading.get_ident()
             try:
-                if self._session is not None:
-                    self._commits.take_all_back([operation], self._session, committed=True)
-                elif self.closed:
-                    self._undo_behind(operation)
-                else:
-                    self.ensure_usable()
-            except (apsw.Error, OSError, SpaceError):
-                log.exception("%s: a call that failed could not be undone", self.options.path)
+                self._undo_inside(operation)
             finally:
                 committer.leader = None
         committer.wake_first()  # it may have come while somebody led
 
+    def _undo_inside(self, operation: Operation) -> None:
+        try:
+            if self._session is not None:
+                self._commits.take_all_back([operation], self._session, committed=True)
+            elif self._poison is not None:
+                raise self._poison
+            else:
+                self._undo_behind(operation)
+        except (apsw.Error, OSError, SpaceError):
+            log.exception("%s: a call that failed could not be undone", self.options.path)
+
     def _undo_behind(self, operation: Operation) -> None:
-        """The same once it was closed."""
-        if self._poison is not None:
-            raise self._poison
+        """Once it was closed."""
         with forks.opening:
             session = Session(dataclasses.replace(self.options, create=False), self._stirring)
         try:

@@ -229,7 +229,10 @@ def vigil_for_room(database: Database, wanted: Push) -> Vigil:
     """A vigil that adds the entry as soon as there is room, and finds the operation that did."""
     token = room_token(wanted.key)
 
+    attempt: Adding | None = None
+
     def look(waiter: Waiter, _: bool) -> None:
+        nonlocal attempt
         attempt = Adding(database, wanted)
         database.write(attempt)
         if attempt.seq:
@@ -238,7 +241,13 @@ def vigil_for_room(database: Database, wanted: Push) -> Vigil:
     def restore(waiter: Waiter) -> None:
         taking.take_back(database, waiter.found, token, [])
 
-    return taking.vigil(database, look, [token], restore=restore, limit=wanted.max_len)
+    def call_off() -> None:
+        if attempt is not None:
+            database.call_off(attempt)
+
+    return taking.vigil(
+        database, look, [token], restore=restore, limit=wanted.max_len, call_off=call_off
+    )
 
 
 def push_many(wanted: Batch) -> tuple[Operation, list[int]]:

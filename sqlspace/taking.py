@@ -408,16 +408,23 @@ def grabbing(
     in_turn: bool = False,
 ) -> Vigil:
     """A vigil that makes attempts until one succeeds, which is what it finds."""
+    attempt: Grab | None = None
 
     def look(waiter: Waiter, enrolled: bool) -> None:
+        nonlocal attempt
         attempt = make(waiter if enrolled else None)
         if attempt.run():
             waiter.found = attempt
+        attempt = None  # it has the waiter, and with that a task, which may have been forgotten
 
     def restore(waiter: Waiter) -> None:
         waiter.found.restore()
 
-    return vigil(database, look, tokens, restore=restore, in_turn=in_turn)
+    def call_off() -> None:
+        if attempt is not None:
+            database.call_off(attempt)
+
+    return vigil(database, look, tokens, restore=restore, in_turn=in_turn, call_off=call_off)
 
 
 def vigil(
@@ -428,6 +435,7 @@ def vigil(
     restore: Callable[[Waiter], None] | None = None,
     in_turn: bool = False,
     limit: int | None = None,
+    call_off: Callable[[], object] = lambda: None,
 ) -> Vigil:
     """A vigil at the doorbell of a store.
 
@@ -438,6 +446,7 @@ def vigil(
         restore: Gives back what was found; whoever can is one that takes.
         in_turn: Whether it waits for its turn: then also for what is held before to go.
         limit: If it waits for room: until there are fewer entries than that.
+        call_off: As `Vigil` has it.
     """
     bell: Doorbell | None = None
     watched = [*tokens, *map(room_token, tokens)] if in_turn else tokens
@@ -477,6 +486,7 @@ def vigil(
         ensure_open=database.ensure_open,
         park=park,
         horizon=horizon,
+        call_off=call_off,
     )
 
 

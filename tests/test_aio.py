@@ -389,7 +389,7 @@ def test_what_a_wait_has_found_when_the_store_closes_is_taken_back(path, verb, m
     """As above, behind a wait."""
     plain = sqlspace.open(path, sync=False)
     verbs = {**TAKES, "push for room": lambda store: store.push("k", b"y", max_len=1)}
-    call = sqlspace.aio.engine.Engine.call
+    run = sqlspace.aio.engine.Engine._run
 
     async def main():
         store = sqlspace.aio.Store(plain)
@@ -398,8 +398,8 @@ def test_what_a_wait_has_found_when_the_store_closes_is_taken_back(path, verb, m
         task = asyncio.create_task(verbs[verb](store))
         eventually_parked = asyncio.Event()
 
-        async def noted(engine, step, *args, **named):
-            outcome = await call(engine, step, *args, **named)
+        async def noted(engine, step, call_off):
+            outcome = await run(engine, step, call_off)
             if outcome is not None:
                 eventually_parked.set()
             elif not task.cancelling():
@@ -408,7 +408,7 @@ def test_what_a_wait_has_found_when_the_store_closes_is_taken_back(path, verb, m
                 await asyncio.sleep(0)
             return outcome
 
-        monkeypatch.setattr("sqlspace.aio.engine.Engine.call", noted)
+        monkeypatch.setattr("sqlspace.aio.engine.Engine._run", noted)
         await eventually_parked.wait()
         if verb == "push for room":
             plain.pull("k")
@@ -442,6 +442,41 @@ def test_a_verb_is_cancelled_at_once_while_another_process_has_the_write_lock(pa
                 await asyncio.gather(*left)
                 assert await store.len("k") == (4 if cancelled == 3 else 2)
                 await store.put("k", b"x")
+
+    run(main())
+
+
+@pytest.mark.parametrize("verb", [*WAITS, "push for room"])
+def test_a_wait_is_cancelled_at_once_while_another_process_has_the_write_lock(
+    path, verb, run, monkeypatch
+):
+    """It was woken, for time has passed, and wants to take what is there, or to push."""
+    clock, ahead, joined = sqlspace.clock.now, [0], threading.Event()
+    join = sqlspace.committer.Committer.join
+    pushes = verb == "push for room"
+    verbs = {**TAKES, "push for room": lambda store: store.push("k", b"y", max_len=1)}
+    monkeypatch.setattr("sqlspace.clock.now", lambda: clock() + ahead[0])
+
+    def noted(committer, operation):
+        join(committer, operation)
+        if ahead[0] and type(operation) is not sqlspace.committer.Work:
+            joined.set()
+
+    async def main():
+        async with open_(path, busy_timeout=3600) as store:
+            await store.push("k", b"x", **({"ttl": 60} if pushes else {"delay": 60}))
+            task = asyncio.create_task(verbs[verb](store))
+            bell = store._database.bell
+            await asyncio.to_thread(eventually, lambda: bell._takers or bell._readers)
+            with locked(path):
+                monkeypatch.setattr("sqlspace.committer.Committer.join", noted)
+                ahead[0] = 70_000_000
+                bell.wake_all()
+                await asyncio.to_thread(joined.wait, LIMIT_SECONDS)
+                task.cancel()
+                await asyncio.wait([task])
+                assert task.cancelled()
+            assert await store.len("k") == (not pushes)
 
     run(main())
 

@@ -108,10 +108,13 @@ class Engine:
 
     async def call(self, function: Callable[..., T], *args: Any, **named: Any) -> T:
         """What a function returns, run in a thread, and to its end even if this is cancelled."""
+        return await self._run(partial(function, *args, **named), lambda: None)
+
+    async def _run(self, function: Callable[[], T], call_off: Callable[[], object]) -> T:
         loop = asyncio.get_running_loop()
         with self._lock:  # or it might be closed just now
-            begun = loop.run_in_executor(self._pool, partial(function, *args, **named))
-        return await to_the_end(begun)
+            begun = loop.run_in_executor(self._pool, function)
+        return await to_the_end(begun, call_off)
 
     async def wait(self, vigil: Vigil, *, looked: bool = False) -> Any:
         """Wait at the doorbell until something is found, and return that."""
@@ -120,7 +123,7 @@ class Engine:
             with self._lock:
                 if self._listener is None:
                     self._listener = _start(self._listen, "sqlspace-aio-ear")
-            return await wait(vigil, self.call, looked=looked)
+            return await wait(vigil, self._run, looked=looked)
         finally:
             del self._waits[vigil]
 
