@@ -681,6 +681,29 @@ def test_a_transaction_of_a_closed_loop_is_rolled_back(path):
         assert plain.pullp("k") is None
 
 
+def test_a_worker_that_stayed_for_a_call_leaves_when_that_has_ended(path, monkeypatch):
+    """The store was closed before the call's task was told."""
+    tell = sqlspace.aio.engine._tell
+
+    async def main():
+        async with open_(path) as store:
+            engine = store._engine
+
+            def close_first(jobs):
+                monkeypatch.undo()
+                tell(jobs)
+                engine.forsake()
+                eventually(engine._go.locked)
+
+            monkeypatch.setattr("sqlspace.aio.engine._tell", close_first)
+            await store.push("k", b"x")
+            worker = engine._worker
+            await asyncio.to_thread(worker.join, LIMIT_SECONDS)
+            assert not worker.is_alive()
+
+    asyncio.run(main())
+
+
 def test_a_closed_store_has_no_thread(path, run):
     """Though somebody keeps it."""
 
@@ -699,6 +722,84 @@ def test_a_closed_store_has_no_thread(path, run):
             assert not thread.is_alive()
 
     run(main())
+
+
+def test_what_is_refused_in_a_shared_commit_is_refused_alone(path):
+    """Each of them has its own error."""
+
+    async def main():
+        async with open_(path) as store:
+            await store.push_many("k", [b"1", b"2"])
+            one, two = await store.claim_many("k", 2)
+            await one.ack()
+            acks = (one.ack(), two.ack(), store.push("j", b"x"), one.ack())
+            ended = await asyncio.gather(*acks, return_exceptions=True)
+            assert [type(each) for each in ended] == [LeaseError, type(None), int, LeaseError]
+            await store.close()
+            pushes = (store.push("k", b"x") for _ in range(3))
+            ended = await asyncio.gather(*pushes, return_exceptions=True)
+            assert [type(each) for each in ended] == [ClosedError] * 3
+
+    asyncio.run(main())
+
+
+def test_who_came_while_something_was_undone_leads_behind_it(path, monkeypatch):
+    """It had joined the queue, for somebody led."""
+    with sqlspace.open(path, sync=False) as store:
+        database = store._database
+        store.push("k", b"x")
+        grab = sqlspace.taking.Grab(database, ["k"])
+        assert grab.run()
+        undo = grab.undo
+        thread = threading.Thread(target=store.push, args=("j", b"y"), daemon=True)
+
+        def while_one_pushes(connection):
+            thread.start()
+            eventually(lambda: database._committer.queue)
+            undo(connection)
+
+        grab.undo = while_one_pushes
+        database.undo(grab)
+        thread.join(LIMIT_SECONDS)
+        assert not thread.is_alive()
+
+
+def test_a_coroutine_that_is_thrown_away_leaves_the_queue_of_those_who_wait():
+    """By hand, or by the garbage collector: what comes then stays for the next one."""
+    plain = sqlspace.Local()
+
+    async def main():
+        take = sqlspace.aio.Local(plain).in_("k")
+        take.send(None)
+        assert len(plain._bags["k"].takers) == 1
+        take.close()
+        await asyncio.to_thread(eventually, lambda: "k" not in plain._bags)
+        plain.out("k", 1)
+        assert plain.inp("k") == 1
+
+    asyncio.run(main())
+
+
+def test_a_look_that_was_not_begun_when_its_wait_ended_takes_nothing():
+    """It is in the pool's queue, and those before it end last."""
+
+    async def main():
+        plain = sqlspace.Local()
+        looks = []
+
+        async def late(step, _):
+            looks.append(step)
+            if len(looks) == 1:
+                raise asyncio.CancelledError
+            return step()
+
+        with pytest.raises(asyncio.CancelledError):
+            await sqlspace.aio.waiting.wait(plain._taking(["k"]), late)
+        plain.out("k", 1)
+        assert looks[0]() is None
+        assert plain.inp("k") == 1
+
+    asyncio.run(main())
 
 
 # -- together
