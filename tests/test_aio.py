@@ -681,29 +681,6 @@ def test_a_transaction_of_a_closed_loop_is_rolled_back(path):
         assert plain.pullp("k") is None
 
 
-def test_a_worker_that_stayed_for_a_call_leaves_when_that_has_ended(path, monkeypatch):
-    """The store was closed before the call's task was told."""
-    tell = sqlspace.aio.engine._tell
-
-    async def main():
-        async with open_(path) as store:
-            engine = store._engine
-
-            def close_first(jobs):
-                monkeypatch.undo()
-                tell(jobs)
-                engine.forsake()
-                eventually(engine._go.locked)
-
-            monkeypatch.setattr("sqlspace.aio.engine._tell", close_first)
-            await store.push("k", b"x")
-            worker = engine._worker
-            await asyncio.to_thread(worker.join, LIMIT_SECONDS)
-            assert not worker.is_alive()
-
-    asyncio.run(main())
-
-
 def test_a_closed_store_has_no_thread(path, run):
     """Though somebody keeps it."""
 
@@ -735,10 +712,9 @@ def test_what_is_refused_in_a_shared_commit_is_refused_alone(path):
             acks = (one.ack(), two.ack(), store.push("j", b"x"), one.ack())
             ended = await asyncio.gather(*acks, return_exceptions=True)
             assert [type(each) for each in ended] == [LeaseError, type(None), int, LeaseError]
-            await store.close()
-            pushes = (store.push("k", b"x") for _ in range(3))
-            ended = await asyncio.gather(*pushes, return_exceptions=True)
-            assert [type(each) for each in ended] == [ClosedError] * 3
+            pushes = [sqlspace.pushing.Push("k", b"x") for _ in range(3)]
+        store._database.write_all(pushes)
+        assert [type(each.error) for each in pushes] == [ClosedError] * 3
 
     asyncio.run(main())
 
@@ -866,6 +842,7 @@ def test_a_thousand_waits_take_no_threads(path, run):
             assert sorted(map(int, await asyncio.gather(*pulls))) == list(range(1000))
             names = [t.name for t in threading.enumerate() if t.name.startswith("sqlspace-aio")]
             assert len(names) <= 16 + 2
+            assert not store._engine._waits
 
     run(main())
 

@@ -13,6 +13,7 @@ Rings for waiting coroutines are heard by a thread that waits at the doorbell fo
 there are any.
 """
 
+import _thread
 import asyncio
 import contextlib
 import itertools
@@ -97,7 +98,6 @@ class Engine:
         self._ear = Waiter()
         self._listener: threading.Thread | None = None
         self._waits: dict[Vigil, None] = {}
-        self._writes: dict[Operation, None] = {}  # whose coroutines may have them undone
         self._lock = threading.Lock()  # of the start and the end of threads
 
     def forget(self) -> None:
@@ -158,7 +158,6 @@ class Engine:
             ClosedError, StoreError: as `Database.write`.
         """
         job = _Job(operation, asyncio.get_running_loop())
-        self._writes[operation] = None
         try:
             self._submit(job)
             await job.future
@@ -168,16 +167,12 @@ class Engine:
                 # If it was thrown away unfinished, nothing can be awaited. That may have been by
                 # the garbage collector, in the middle of anything: so no lock is waited for.
                 if isinstance(error, GeneratorExit):
-                    self._jobs.append(undo)
-                    self._call_worker()
+                    with contextlib.suppress(RuntimeError):  # the interpreter ends
+                        _thread.start_new_thread(self._submit, (undo,))
                 else:
                     self._submit(undo)
                     await to_the_end(undo.future)
             raise
-        finally:
-            del self._writes[operation]
-            if self._closed:
-                self._call_worker()  # which stays as long as there may be something to undo
         if operation.error is not None:
             raise operation.error
 
@@ -212,7 +207,7 @@ class Engine:
         with self._lock:
             if self._worker is not threading.current_thread():
                 return True  # Ctrl-C cut off its start, and the next one's undoes must not meet it
-            if self._jobs or self._writes or not self._closed:
+            if self._jobs or not self._closed:
                 return False
             self._worker = None
             return True

@@ -1599,6 +1599,13 @@ MUTANTS = [
     ),
     # -- aio
     _mutant(
+        "aio-waits-are-kept",
+        "a thread listens for ever for waits that are over",
+        "            del self._waits[vigil]\n",
+        "            pass\n",
+        "aio::a_thousand_waits_take_no_threads",
+    ),
+    _mutant(
         "aio-no-undo",
         "what a cancelled coroutine took is gone",
         "            if not self._withdraw(job):\n",
@@ -1661,20 +1668,6 @@ MUTANTS = [
         "        pass\n",
         "aio::a_timeout_around_a_timeout_still_tells_which_of_them_struck",
         "aio::a_take_that_is_cancelled_anywhere_loses_nothing",
-    ),
-    _mutant(
-        "aio-the-worker-leaves-early",
-        "a call that is cancelled while the store closes waits for ever",
-        "            if self._jobs or self._writes or not self._closed:",
-        "            if self._jobs or not self._closed:",
-        "aio::what_is_cancelled_when_the_store_has_just_closed_is_taken_back",
-    ),
-    _mutant(
-        "aio-the-worker-stays",
-        "a closed store keeps a thread",
-        "            if self._closed:\n                self._call_worker()",
-        "            if self._closed:\n                pass",
-        "aio::a_worker_that_stayed_for_a_call_leaves_when_that_has_ended",
     ),
     _mutant(
         "aio-two-workers",
