@@ -80,6 +80,7 @@ class Operation:
     finished = False
     error: BaseException | None = None
     deadline = 0.0
+    called_off = False  # by a thread that it isn't waited for in
     awaits = False  # the helper: it has looked already, and there is something to do
     latch: Any = None  # of one that was in the queue
 
@@ -226,9 +227,9 @@ class Committer:
             self.leader = thread
             try:
                 if not operation.finished:  # by another leader, in the meantime
-                    if operation.latch is not None:
-                        self._withdraw(operation)
-                    self._file.lead(operation)
+                    queued = operation.latch is not None and self._withdraw(operation)
+                    if queued or not operation.called_off:
+                        self._file.lead(operation)
             finally:
                 self.leader = None
         if self.queue:
@@ -240,6 +241,8 @@ class Committer:
             self.joined[thread] = []
             while not operation.finished:
                 self.join(operation)
+                if operation.called_off and not self._is_in_hand(operation):
+                    return
                 self._ensure_usable(operation)
                 if operation.awaits or self.leader is not None or self._is_behind(operation):
                     self._park(operation)
@@ -258,6 +261,10 @@ class Committer:
             self._withdraw(operation)
             if operation not in self.carried and not operation.finished:
                 raise
+
+    def _is_in_hand(self, operation: Operation) -> bool:
+        # Asked in the order that it goes.
+        return operation in self.queue or operation in self.carried or operation.finished
 
     def _is_behind(self, operation: Operation) -> bool:
         """Whether a transaction comes first that may go in as soon as nobody leads."""
@@ -408,9 +415,18 @@ class Committer:
             latch = threading.Lock()
             latch.acquire()
             operation.latch = latch
-        # Asked in the order that it goes.
-        if operation not in self.queue and operation not in self.carried and not operation.finished:
+        # Whether it was called off is asked last, for that is said before it is taken out.
+        if not self._is_in_hand(operation) and not operation.called_off:
             self.queue.append(operation)
+
+    def call_off(self, operation: Operation) -> bool:
+        """Whether it has not been begun, and never will be; by another thread than its own."""
+        operation.called_off = True
+        if not self._withdraw(operation):
+            return False
+        _wake(operation)
+        self.wake_first()
+        return True
 
     def _withdraw(self, operation: Operation) -> bool:
         """Take it out of the queue; whether it was there."""

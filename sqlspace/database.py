@@ -8,6 +8,7 @@ The law of a write: closed? moved? is there anything to do? Then through the tur
 in there is the law of `commits`.
 """
 
+import dataclasses
 import logging
 import os
 import threading
@@ -30,6 +31,7 @@ from .errors import (
     FullError,
     MovedError,
     SchemaError,
+    SpaceError,
     StoreError,
 )
 from .marks import HISTORY_AT
@@ -84,6 +86,7 @@ class Database:
         self._busy_timeout = options.busy_timeout
         self._session: Session | None = None
         self._spent: Session | None = None  # one that is only to be closed
+        self._file_id: Any = None  # once it was closed
         with forks.opening:
             self._session = self._open()
             forks.databases.add(self)
@@ -197,19 +200,42 @@ class Database:
         operation.finished = True
         self._committer.answer()
 
+    def call_off(self, operation: Operation) -> bool:
+        """Whether it has not been begun, and never will be; by another thread than its own."""
+        return self._committer.call_off(operation)
+
     def undo(self, operation: Operation) -> None:
-        """Take back what it did."""
+        """Take back what it did, even if the store was closed since."""
         committer = self._committer
         with committer.lock:
             committer.leader = threading.get_ident()
             try:
-                if self._session is None:  # closed, or unusable, since
-                    log.error("%s: a call that failed could not be undone", self.options.path)
-                else:
-                    self._commits.take_all_back([operation], self._session, committed=True)
+                self._undo_inside(operation)
             finally:
                 committer.leader = None
         committer.wake_first()  # it may have come while somebody led
+
+    def _undo_inside(self, operation: Operation) -> None:
+        try:
+            if self._session is not None:
+                self._commits.take_all_back([operation], self._session, committed=True)
+            elif self._poison is not None:
+                raise self._poison
+            else:
+                self._undo_behind(operation)
+        except (apsw.Error, OSError, SpaceError):
+            log.exception("%s: a call that failed could not be undone", self.options.path)
+
+    def _undo_behind(self, operation: Operation) -> None:
+        """Once it was closed."""
+        with forks.opening:
+            session = Session(dataclasses.replace(self.options, create=False), self._stirring)
+        try:
+            if session.file_id != self._file_id:
+                raise MovedError(f"{self.options.path}: the file is another one now")
+            self._commits.take_all_back([operation], session, committed=True)
+        finally:
+            session.close()
 
     def _seize(self, held: list[Any]) -> Session:
         """Go in alone, until `end`."""
@@ -507,6 +533,7 @@ class Database:
         self._session = self._spent = None
         if session is None:
             return
+        self._file_id = session.file_id
         try:
             if not session.identity.stands():
                 # The path is another file's now: leave its -wal alone.

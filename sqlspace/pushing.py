@@ -229,21 +229,25 @@ def vigil_for_room(database: Database, wanted: Push) -> Vigil:
     """A vigil that adds the entry as soon as there is room, and finds the operation that did."""
     token = room_token(wanted.key)
 
+    attempt: Adding | None = None
+
     def look(waiter: Waiter, _: bool) -> None:
+        nonlocal attempt
         attempt = Adding(database, wanted)
         database.write(attempt)
         if attempt.seq:
             waiter.found = attempt
 
     def restore(waiter: Waiter) -> None:
-        def step(connection: Connection) -> Iterable[str]:
-            waiter.found.undo(connection)
-            return (token,)
+        taking.take_back(database, waiter.found, token, [])
 
-        if waiter.found.new:
-            database.transact(step)
+    def call_off() -> None:
+        if attempt is not None:
+            database.call_off(attempt)
 
-    return taking.vigil(database, look, [token], restore=restore, limit=wanted.max_len)
+    return taking.vigil(
+        database, look, [token], restore=restore, limit=wanted.max_len, call_off=call_off
+    )
 
 
 def push_many(wanted: Batch) -> tuple[Operation, list[int]]:

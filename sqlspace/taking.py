@@ -20,7 +20,7 @@ from .connection import Connection, disagreement
 from .database import Database
 from .doorbell import Doorbell, room_token
 from .entries import Grant, Head, Lease
-from .errors import SpaceError
+from .errors import ClosedError, SpaceError
 from .space import Context
 from .waiting import MISSING, Vigil, Waiter, surely, wait
 
@@ -195,28 +195,49 @@ class Grab(Operation):
 
     def restore(self) -> None:
         """Put it back, when the call that took it raises after all."""
-        back = _Return(self)
+        take_back(self.database, self, self.head.key, self.back)
+
+
+def take_back(database: Database, found: Operation, token: str, back: list[Any]) -> None:
+    """Undo what a wait has found, which raises after all.
+
+    Args:
+        database: Where.
+        found: That did it.
+        token: The doorbell's.
+        back: Not empty once it is undone.
+    """
+    undoing = _Undoing(found, token, back)
+
+    def undo() -> None:
         try:
-            surely(lambda: self.database.write(back))
-        except SpaceError:
-            path = self.database.options.path
-            log.exception("%s: entry %d could not be put back", path, self.head.seq)
+            database.write(undoing)
+        except ClosedError:
+            database.undo(found)
+
+    try:
+        surely(undo)
+    except SpaceError:
+        log.exception("%s: a call that failed could not be undone", database.options.path)
 
 
-class _Return(Operation):
-    """Puts back what was grabbed."""
+class _Undoing(Operation):
+    """Undoes another."""
 
-    def __init__(self, grab: Grab) -> None:
+    def __init__(self, found: Operation, token: str, back: list[Any]) -> None:
         super().__init__()
-        self._grab = grab
+        self.whole = found.whole
+        self._found = found
+        self._token = token
+        self._back = back
 
     def step(self, connection: Connection) -> Iterable[str]:
-        self._grab.undo(connection)
-        return (self._grab.head.key,)
+        self._found.undo(connection)
+        return (self._token,)
 
     def retract(self) -> None:
         super().retract()
-        self._grab.back.clear()
+        self._back.clear()
 
 
 D = TypeVar("D")
@@ -411,16 +432,23 @@ def grabbing(
     in_turn: bool = False,
 ) -> Vigil:
     """A vigil that makes attempts until one succeeds, which is what it finds."""
+    attempt: Grab | None = None
 
     def look(waiter: Waiter, enrolled: bool) -> None:
+        nonlocal attempt
         attempt = make(waiter if enrolled else None)
         if attempt.run():
             waiter.found = attempt
+        attempt = None  # it has the waiter, and with that a task, which may have been forgotten
 
     def restore(waiter: Waiter) -> None:
         waiter.found.restore()
 
-    return vigil(database, look, tokens, restore=restore, in_turn=in_turn)
+    def call_off() -> None:
+        if attempt is not None:
+            database.call_off(attempt)
+
+    return vigil(database, look, tokens, restore=restore, in_turn=in_turn, call_off=call_off)
 
 
 def vigil(
@@ -431,6 +459,7 @@ def vigil(
     restore: Callable[[Waiter], None] | None = None,
     in_turn: bool = False,
     limit: int | None = None,
+    call_off: Callable[[], object] = lambda: None,
 ) -> Vigil:
     """A vigil at the doorbell of a store.
 
@@ -441,6 +470,7 @@ def vigil(
         restore: Gives back what was found; whoever can is one that takes.
         in_turn: Whether it waits for its turn: then also for what is held before to go.
         limit: If it waits for room: until there are fewer entries than that.
+        call_off: As `Vigil` has it.
     """
     bell: Doorbell | None = None
     watched = [*tokens, *map(room_token, tokens)] if in_turn else tokens
@@ -480,6 +510,7 @@ def vigil(
         ensure_open=database.ensure_open,
         park=park,
         horizon=horizon,
+        call_off=call_off,
     )
 
 

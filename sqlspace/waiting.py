@@ -111,9 +111,10 @@ class Vigil:
         park: How a thread sleeps.
         horizon: Seconds until something is to be seen that nobody will ring for, or None; asked
             before each park.
+        call_off: Have a look that waits for others end in vain; by another thread than its own.
     """
 
-    __slots__ = ("ensure_open", "horizon", "leave", "look", "park", "restore")
+    __slots__ = ("call_off", "ensure_open", "horizon", "leave", "look", "park", "restore")
 
     def __init__(
         self,
@@ -124,6 +125,7 @@ class Vigil:
         ensure_open: Callable[[], None],
         park: Callable[[Waiter, float], object] = Waiter.park,
         horizon: Callable[[], float | None] = lambda: None,
+        call_off: Callable[[], object] = lambda: None,
     ) -> None:
         self.look = look
         self.leave = leave
@@ -131,6 +133,7 @@ class Vigil:
         self.ensure_open = ensure_open
         self.park = park
         self.horizon = horizon
+        self.call_off = call_off
 
     def steps(
         self, waiter: Waiter, deadline: float | None, context: Context | None, *, looked: bool

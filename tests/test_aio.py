@@ -327,6 +327,457 @@ def test_a_transaction_that_is_cancelled_is_rolled_back(path, turns):
     asyncio.run(main())
 
 
+@contextlib.contextmanager
+def locked(path):
+    """Another has the write lock meanwhile."""
+    with sqlspace.open(path, sync=False) as other, other.transaction() as together:
+        together.push("held", b"")
+        yield
+
+
+@pytest.mark.parametrize("verb", ["push", "pull", "claim", "pull_many"])
+def test_what_is_cancelled_when_the_store_has_just_closed_is_taken_back(path, verb, monkeypatch):
+    """It was done, its task not yet told; the store is closed, and the task is cancelled."""
+    plain = sqlspace.open(path, sync=False)
+    plain.push("k", b"x")
+    tell = sqlspace.aio.engine._tell
+
+    async def main():
+        store = sqlspace.aio.Store(plain)
+        verbs = {**TAKES, "push": lambda store: store.push("k", b"y")}
+        task = asyncio.create_task(verbs[verb](store))
+
+        def close_first(jobs):
+            monkeypatch.undo()
+            tell(jobs)
+            plain.close()
+            store._engine.close()
+            task.cancel()
+
+        monkeypatch.setattr("sqlspace.aio.engine._tell", close_first)
+        await asyncio.wait([task], timeout=LIMIT_SECONDS)
+        assert task.cancelled()
+        settled(store)
+
+    asyncio.run(main())
+    with sqlspace.open(path, sync=False) as again:
+        assert [(entry.payload, entry.state) for entry in again.entries("k")] == [(b"x", "ready")]
+
+
+def test_another_file_in_the_place_of_a_closed_one_is_left_alone(path, caplog):
+    """What can't be taken back is told."""
+    store = sqlspace.open(path, sync=False)
+    store.push("k", b"theirs")
+    grab = sqlspace.taking.Grab(store._database, ["k"])
+    assert grab.run()
+    store.close()
+    for end in ("", "-wal", "-shm"):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path + end)
+    store._database.undo(grab)
+    assert not os.path.exists(path)
+    with sqlspace.open(path, sync=False) as other:
+        seq = other.push("k", b"ours")
+        assert (seq, other.pull("k")) == (grab.head.seq, b"ours")
+        store._database.undo(grab)
+        assert other.pullp("k") is None
+    assert caplog.text.count("could not be undone") == 2
+
+
+@pytest.mark.parametrize("verb", [*WAITS, "push for room"])
+def test_what_a_wait_has_found_when_the_store_closes_is_taken_back(path, verb, monkeypatch):
+    """As above, behind a wait."""
+    plain = sqlspace.open(path, sync=False)
+    verbs = {**TAKES, "push for room": lambda store: store.push("k", b"y", max_len=1)}
+    run = sqlspace.aio.engine.Engine._run
+
+    async def main():
+        store = sqlspace.aio.Store(plain)
+        if verb == "push for room":
+            plain.push("k", b"x")
+        task = asyncio.create_task(verbs[verb](store))
+        eventually_parked = asyncio.Event()
+
+        async def noted(engine, step, call_off):
+            outcome = await run(engine, step, call_off)
+            if outcome is not None:
+                eventually_parked.set()
+            elif not task.cancelling():
+                plain.close()
+                task.cancel()
+                await asyncio.sleep(0)
+            return outcome
+
+        monkeypatch.setattr("sqlspace.aio.engine.Engine._run", noted)
+        await eventually_parked.wait()
+        if verb == "push for room":
+            plain.pull("k")
+        else:
+            plain.push("k", b"x")
+        await asyncio.wait([task], timeout=LIMIT_SECONDS)
+        assert task.cancelled()
+
+    asyncio.run(main())
+    with sqlspace.open(path, sync=False) as again:
+        wanted = [] if verb == "push for room" else [(b"x", "ready")]
+        assert [(entry.payload, entry.state) for entry in again.entries("k")] == wanted
+
+
+def test_a_verb_is_cancelled_at_once_while_another_process_has_the_write_lock(path, run):
+    """It has not begun, and never will, whichever of those that were handed over together."""
+
+    async def main():
+        async with open_(path, busy_timeout=3600) as store:
+            await store.push("k", b"x")
+            for cancelled in range(4):
+                with locked(path):
+                    verbs = [store.push("k", b"y") for _ in range(3)]
+                    tasks = [asyncio.create_task(verb) for verb in (*verbs, store.pull("k"))]
+                    await asyncio.sleep(0.01)
+                    tasks[cancelled].cancel()
+                    await asyncio.wait([tasks[cancelled]])
+                    assert tasks[cancelled].cancelled()
+                    left = [task for task in tasks if not task.done()]
+                    assert len(left) == 3
+                await asyncio.gather(*left)
+                assert await store.len("k") == (4 if cancelled == 3 else 2)
+                await store.put("k", b"x")
+
+    run(main())
+
+
+@pytest.mark.parametrize("verb", [*WAITS, "push for room"])
+def test_a_wait_is_cancelled_at_once_while_another_process_has_the_write_lock(
+    path, verb, run, monkeypatch
+):
+    """It was woken, for time has passed, and wants to take what is there, or to push."""
+    clock, ahead, joined = sqlspace.clock.now, [0], threading.Event()
+    join = sqlspace.committer.Committer.join
+    pushes = verb == "push for room"
+    verbs = {**TAKES, "push for room": lambda store: store.push("k", b"y", max_len=1)}
+    monkeypatch.setattr("sqlspace.clock.now", lambda: clock() + ahead[0])
+
+    def noted(committer, operation):
+        join(committer, operation)
+        if ahead[0] and type(operation) is not sqlspace.committer.Work:
+            joined.set()
+
+    async def main():
+        async with open_(path, busy_timeout=3600) as store:
+            await store.push("k", b"x", **({"ttl": 60} if pushes else {"delay": 60}))
+            task = asyncio.create_task(verbs[verb](store))
+            bell = store._database.bell
+            await asyncio.to_thread(eventually, lambda: bell._takers or bell._readers)
+            with locked(path):
+                monkeypatch.setattr("sqlspace.committer.Committer.join", noted)
+                ahead[0] = 70_000_000
+                bell.wake_all()
+                await asyncio.to_thread(joined.wait, LIMIT_SECONDS)
+                task.cancel()
+                await asyncio.wait([task])
+                assert task.cancelled()
+            assert await store.len("k") == (not pushes)
+
+    run(main())
+
+
+def test_a_timeout_around_a_timeout_still_tells_which_of_them_struck(path, run):
+    """No cancellation is swallowed, and none is left behind."""
+
+    async def main():
+        async with open_(path) as store:
+            for inner, outer in ((0.01, 3600), (3600, 0.01), (0.01, 0.01)):
+                for verb in WAITS:
+                    struck = []
+                    try:
+                        async with asyncio.timeout(outer) as outside:
+                            try:
+                                async with asyncio.timeout(inner) as inside:
+                                    await TAKES[verb](store)
+                            except TimeoutError:
+                                struck.append("inner")
+                                await asyncio.sleep(0)
+                    except TimeoutError:
+                        struck.append("outer")
+                    assert asyncio.current_task().cancelling() == 0
+                    assert outside.expired() == ("outer" in struck)
+                    assert outside.expired() or (inside.expired() and struck == ["inner"])
+                    await asyncio.sleep(0)
+
+    run(main())
+
+
+def test_a_block_that_is_cancelled_again_and_again_still_gives_back_its_entry(path, run):
+    """The second cancellation strikes while the first one's nack waits for the lock."""
+
+    async def main():
+        async with open_(path, busy_timeout=3600) as store:
+            await store.push("k", b"x")
+
+            async def work():
+                async with await store.claim("k", lease=3600):
+                    begun.set()
+                    await asyncio.sleep(3600)
+
+            begun = asyncio.Event()
+            task = asyncio.create_task(work())
+            await begun.wait()
+            with locked(path):
+                for _ in range(5):
+                    task.cancel()
+                    await asyncio.sleep(0.002)
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert await store.pullp("k") == b"x"
+
+    run(main())
+
+
+def test_a_call_for_which_no_thread_can_start_did_nothing(path, run, monkeypatch):
+    """StoreError; and nothing of it is done later either."""
+
+    def refuse(_):
+        raise RuntimeError("can't start new thread")
+
+    async def main():
+        async with open_(path) as store:
+            with monkeypatch.context() as patch:
+                patch.setattr(threading.Thread, "start", refuse)
+                with pytest.raises(sqlspace.StoreError, match="no thread"):
+                    await store.push("k", b"x")
+            await store.push("k", b"y")
+            assert await store.pull_many("k", 2) == [b"y"]
+
+    run(main())
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_ctrl_c_while_a_call_is_handed_over_leaves_nothing_of_it(path, behind, monkeypatch):
+    """Before the worker has it, or behind that; the worker serves the next ones all the same."""
+    submit = sqlspace.aio.engine.Engine._submit
+
+    def interrupted(engine, job):
+        monkeypatch.undo()
+        if behind:
+            submit(engine, job)
+            eventually(lambda: job.operation.finished)
+        raise KeyboardInterrupt
+
+    async def main():
+        async with open_(path) as store:
+            monkeypatch.setattr("sqlspace.aio.engine.Engine._submit", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                await store.push("k", b"x")
+            assert await store.pullp("k") is None
+
+    asyncio.run(main())
+
+
+def test_a_worker_whose_start_was_cut_off_works_for_nobody(path, monkeypatch):
+    """Of two, one might undo what the other has not done yet."""
+    start = sqlspace.aio.engine._start
+    cut_off = []
+
+    def interrupted(run, name):
+        monkeypatch.undo()
+        cut_off.append(start(run, name))
+        raise KeyboardInterrupt
+
+    async def main():
+        async with open_(path) as store:
+            monkeypatch.setattr("sqlspace.aio.engine._start", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                await store.push("k", b"x")
+            cut_off[0].join(LIMIT_SECONDS)
+            assert not cut_off[0].is_alive()
+            assert await store.pullp("k") is None
+
+    asyncio.run(main())
+
+
+def test_of_what_is_undone_together_the_last_is_undone_first(path):
+    """A push can't be undone while the pull stands that took its entry."""
+    job = sqlspace.aio.engine._Job
+
+    async def main():
+        async with open_(path) as store:
+            loop = asyncio.get_running_loop()
+            push = job(sqlspace.pushing.Push("k", b"x"), loop)
+            pull = job(sqlspace.taking.Grab(store._database, ["k"]), loop)
+            store._engine._carry_out([push, pull])
+            assert (pull.operation.head.payload, await store.len("k")) == (b"x", 0)
+            undoes = [job(each.operation, loop, undoes=each) for each in (push, pull)]
+            store._engine._carry_out(undoes)
+            assert await store.len("k") == 0
+            assert not [stone async for stone in store.history("k")]
+
+    asyncio.run(main())
+
+
+def test_ctrl_c_while_the_loop_is_told_leaves_nobody_waiting():
+    """The loop is told again."""
+
+    class Interrupted(asyncio.Future):
+        def set_result(self, result):
+            super().set_result(result)
+            raise KeyboardInterrupt
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        first, second = (sqlspace.aio.engine._Job(None, loop) for _ in range(2))
+        first.future = Interrupted()
+        with pytest.raises(KeyboardInterrupt):
+            sqlspace.aio.engine._tell([first, second])
+        await asyncio.wait_for(second.future, LIMIT_SECONDS)
+
+    asyncio.run(main())
+
+
+def test_a_store_that_was_cancelled_while_it_opened_is_closed(path):
+    """Nobody has it."""
+    opened = []
+
+    async def main():
+        for turns in range(30):
+            task = asyncio.ensure_future(open_(path)._open())
+            await go_on(turns)
+            task.cancel()
+            await asyncio.wait([task])
+            opened.append(not task.cancelled())
+            if opened[-1]:
+                await task.result().close()
+            assert not [
+                each
+                for each in sqlspace.forks.databases
+                if each.options.path == path and not each.closed
+            ]
+
+    asyncio.run(main())
+    assert not opened[1]
+
+
+def test_a_transaction_of_a_closed_loop_is_rolled_back(path):
+    """Nobody will know what it did."""
+    with sqlspace.open(path, sync=False) as plain:
+        store = sqlspace.aio.Store(plain)
+        loop = asyncio.new_event_loop()
+        began, goes_on = threading.Event(), threading.Event()
+
+        def push(together):
+            began.set()
+            assert goes_on.wait(LIMIT_SECONDS)
+            together.push("k", b"x")
+
+        async def begin():
+            task = asyncio.ensure_future(store.transact(push))
+            await asyncio.to_thread(began.wait, LIMIT_SECONDS)
+            return task
+
+        task = loop.run_until_complete(begin())
+        task._log_destroy_pending = False
+        loop.close()
+        goes_on.set()
+        store._engine._pool.shutdown()
+        assert plain.pullp("k") is None
+
+
+def test_a_closed_store_has_no_thread(path, run):
+    """Though somebody keeps it."""
+
+    async def main():
+        store = await open_(path)
+        wait = asyncio.create_task(store.pull("k"))
+        await asyncio.gather(*(store.len("k") for _ in range(20)))
+        threads = store._engine._pool._threads
+        assert threads
+        await store.close()
+        with pytest.raises(ClosedError):
+            await wait
+        ended = [*threads, store._engine._worker, store._engine._listener]
+        for thread in filter(None, ended):
+            await asyncio.to_thread(thread.join, LIMIT_SECONDS)
+            assert not thread.is_alive()
+
+    run(main())
+
+
+def test_what_is_refused_in_a_shared_commit_is_refused_alone(path):
+    """Each of them has its own error."""
+
+    async def main():
+        async with open_(path) as store:
+            await store.push_many("k", [b"1", b"2"])
+            one, two = await store.claim_many("k", 2)
+            await one.ack()
+            acks = (one.ack(), two.ack(), store.push("j", b"x"), one.ack())
+            ended = await asyncio.gather(*acks, return_exceptions=True)
+            assert [type(each) for each in ended] == [LeaseError, type(None), int, LeaseError]
+            pushes = [sqlspace.pushing.Push("k", b"x") for _ in range(3)]
+        store._database.write_all(pushes)
+        assert [type(each.error) for each in pushes] == [ClosedError] * 3
+
+    asyncio.run(main())
+
+
+def test_who_came_while_something_was_undone_leads_behind_it(path, monkeypatch):
+    """It had joined the queue, for somebody led."""
+    with sqlspace.open(path, sync=False) as store:
+        database = store._database
+        store.push("k", b"x")
+        grab = sqlspace.taking.Grab(database, ["k"])
+        assert grab.run()
+        undo = grab.undo
+        thread = threading.Thread(target=store.push, args=("j", b"y"), daemon=True)
+
+        def while_one_pushes(connection):
+            thread.start()
+            eventually(lambda: database._committer.queue)
+            undo(connection)
+
+        grab.undo = while_one_pushes
+        database.undo(grab)
+        thread.join(LIMIT_SECONDS)
+        assert not thread.is_alive()
+
+
+def test_a_coroutine_that_is_thrown_away_leaves_the_queue_of_those_who_wait():
+    """By hand, or by the garbage collector: what comes then stays for the next one."""
+    plain = sqlspace.Local()
+
+    async def main():
+        take = sqlspace.aio.Local(plain).in_("k")
+        take.send(None)
+        assert len(plain._bags["k"].takers) == 1
+        take.close()
+        await asyncio.to_thread(eventually, lambda: "k" not in plain._bags)
+        plain.out("k", 1)
+        assert plain.inp("k") == 1
+
+    asyncio.run(main())
+
+
+def test_a_look_that_was_not_begun_when_its_wait_ended_takes_nothing():
+    """It is in the pool's queue, and those before it end last."""
+
+    async def main():
+        plain = sqlspace.Local()
+        looks = []
+
+        async def late(step, _):
+            looks.append(step)
+            if len(looks) == 1:
+                raise asyncio.CancelledError
+            return step()
+
+        with pytest.raises(asyncio.CancelledError):
+            await sqlspace.aio.waiting.wait(plain._taking(["k"]), late)
+        plain.out("k", 1)
+        assert looks[0]() is None
+        assert plain.inp("k") == 1
+
+    asyncio.run(main())
+
+
 # -- together
 
 
@@ -391,6 +842,7 @@ def test_a_thousand_waits_take_no_threads(path, run):
             assert sorted(map(int, await asyncio.gather(*pulls))) == list(range(1000))
             names = [t.name for t in threading.enumerate() if t.name.startswith("sqlspace-aio")]
             assert len(names) <= 16 + 2
+            assert not store._engine._waits
 
     run(main())
 

@@ -14,7 +14,7 @@ from sqlspace.waiting import surely
 MODULES = [
     *("local", "waiting", "store", "database", "doorbell", "watch", "identity"),
     *("taking", "pushing", "delivery", "transaction", "durable"),
-    *("committer", "commits", "turnstile"),
+    *("committer", "commits", "turnstile", "aio.engine", "aio.waiting"),
 ]
 
 

@@ -1,19 +1,15 @@
 """A claimed entry for coroutines."""
 
-import logging
 from types import TracebackType
 from typing import Self
 
 from sqlspace import delivery
 from sqlspace.arguments import check_delay_micros, check_lease_micros
 from sqlspace.delivery import Ack, Nack
-from sqlspace.errors import SpaceError
 
 from .engine import Engine
 
 __all__ = ["Delivery"]
-
-log = logging.getLogger("sqlspace")
 
 
 class Delivery:
@@ -94,17 +90,10 @@ class Delivery:
                 return
             if error is None:
                 await self.ack()
-            else:
-                await self._nack_quietly()
+            else:  # to its end, though it may be cancelled again: nobody would give it back later
+                await self._engine.call(self._sync._nack_quietly)
         finally:
             self._sync._renewals.discard(self._sync)
-
-    async def _nack_quietly(self) -> None:
-        """Give it back; what fails then must not hide the exception that the block ends with."""
-        try:
-            await self.nack()
-        except SpaceError as error:
-            log.warning("entry %d of %a could not be given back: %s", self.seq, self.key, error)
 
     def __repr__(self) -> str:
         return f"<sqlspace.aio {self._sync!r}>"

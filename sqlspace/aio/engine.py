@@ -13,9 +13,12 @@ Rings for waiting coroutines are heard by a thread that waits at the doorbell fo
 there are any.
 """
 
+import _thread
 import asyncio
 import contextlib
+import itertools
 import logging
+import operator
 import os
 import threading
 import weakref
@@ -27,7 +30,7 @@ from typing import Any, Final, TypeVar
 
 from sqlspace.committer import BATCH_OPERATIONS, Operation
 from sqlspace.database import Database
-from sqlspace.errors import SpaceError
+from sqlspace.errors import SpaceError, StoreError
 from sqlspace.taking import Grab, grabbing
 from sqlspace.waiting import LOOK_AGAIN_SECONDS, Vigil, Waiter
 
@@ -44,17 +47,32 @@ _THREADS: Final = 16  # that many share a commit 4 times as well as one
 
 
 class _Job:
-    """An operation to carry out, or to undo, and the future that tells when that is done."""
+    """An operation to carry out, or to undo, and the future that tells when that is done.
 
-    __slots__ = ("future", "loop", "operation", "undoes")
+    Args:
+        operation: To carry out.
+        loop: Of the future.
+        undoes: The job whose operation is to be undone instead.
+    """
+
+    __slots__ = ("future", "loop", "number", "operation", "undoes")
 
     def __init__(
-        self, operation: Operation, loop: asyncio.AbstractEventLoop, *, undoes: bool = False
+        self,
+        operation: Operation,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        undoes: "_Job | None" = None,
     ) -> None:
         self.operation = operation
         self.loop = loop
         self.undoes = undoes
+        self.number: int = next(_numbers) if undoes is None else undoes.number
         self.future = loop.create_future()
+
+
+_numbers = itertools.count()
+_NUMBER = operator.attrgetter("number")
 
 
 class Engine:
@@ -71,7 +89,7 @@ class Engine:
 
     def _begin(self) -> None:
         """With no thread yet."""
-        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="sqlspace-aio")
+        self._pool = _new_pool()
         self._jobs: deque[_Job] = deque()
         self._go = threading.Lock()  # released when there are jobs
         self._go.acquire()
@@ -90,8 +108,13 @@ class Engine:
 
     async def call(self, function: Callable[..., T], *args: Any, **named: Any) -> T:
         """What a function returns, run in a thread, and to its end even if this is cancelled."""
+        return await self._run(partial(function, *args, **named), lambda: None)
+
+    async def _run(self, function: Callable[[], T], call_off: Callable[[], object]) -> T:
         loop = asyncio.get_running_loop()
-        return await to_the_end(loop.run_in_executor(self._pool, partial(function, *args, **named)))
+        with self._lock:  # or it might be closed just now
+            begun = loop.run_in_executor(self._pool, function)
+        return await to_the_end(begun, call_off)
 
     async def wait(self, vigil: Vigil, *, looked: bool = False) -> Any:
         """Wait at the doorbell until something is found, and return that."""
@@ -100,7 +123,7 @@ class Engine:
             with self._lock:
                 if self._listener is None:
                     self._listener = _start(self._listen, "sqlspace-aio-ear")
-            return await wait(vigil, self.call, looked=looked)
+            return await wait(vigil, self._run, looked=looked)
         finally:
             del self._waits[vigil]
 
@@ -135,17 +158,19 @@ class Engine:
             ClosedError, StoreError: as `Database.write`.
         """
         job = _Job(operation, asyncio.get_running_loop())
-        self._submit(job)
         try:
+            self._submit(job)
             await job.future
         except BaseException as error:
             if not self._withdraw(job):
-                undo = _Job(operation, job.loop, undoes=True)
-                self._jobs.append(undo)  # behind the job
-                self._call_worker()
+                undo = _Job(operation, job.loop, undoes=job)  # behind the job
                 # If it was thrown away unfinished, nothing can be awaited. That may have been by
-                # the garbage collector, in the middle of anything: so no lock was waited for.
-                if not isinstance(error, GeneratorExit):
+                # the garbage collector, in the middle of anything: so no lock is waited for.
+                if isinstance(error, GeneratorExit):
+                    with contextlib.suppress(RuntimeError):  # the interpreter ends
+                        _thread.start_new_thread(self._submit, (undo,))
+                else:
+                    self._submit(undo)
                     await to_the_end(undo.future)
             raise
         if operation.error is not None:
@@ -167,7 +192,7 @@ class Engine:
         try:
             self._jobs.remove(job)
         except ValueError:
-            return False
+            return self.database.call_off(job.operation)
         return True
 
     # -- in the worker
@@ -180,6 +205,8 @@ class Engine:
 
     def _is_done(self) -> bool:
         with self._lock:
+            if self._worker is not threading.current_thread():
+                return True  # Ctrl-C cut off its start, and the next one's undoes must not meet it
             if self._jobs or not self._closed:
                 return False
             self._worker = None
@@ -195,10 +222,12 @@ class Engine:
 
     def _carry_out(self, jobs: list[_Job]) -> None:
         self.database.write_all([job.operation for job in jobs if not job.undoes])
-        ended: dict[asyncio.AbstractEventLoop, list[_Job]] = {}
-        for job in jobs:
+        # The last first: no push can be undone while the pull stands that took its entry.
+        for job in sorted(jobs, key=_NUMBER, reverse=True):
             if job.undoes:
                 self._undo(job.operation)
+        ended: dict[asyncio.AbstractEventLoop, list[_Job]] = {}
+        for job in jobs:
             ended.setdefault(job.loop, []).append(job)
         for loop, its in ended.items():
             try:
@@ -232,23 +261,41 @@ class Engine:
             return False
 
     def close(self) -> None:
-        """Let the threads go, when they have done what there is."""
+        """Let the threads go, when they have done what there is; what comes later gets new ones."""
+        self.forsake()
+        with self._lock:
+            self._pool.shutdown(wait=False)
+            self._pool = _new_pool()
+
+    def forsake(self) -> None:
+        """The same for the garbage collector, which may wait for no lock."""
         self._closed = True
         self._ear.wake()
         self._call_worker()
 
 
+def _new_pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_THREADS, thread_name_prefix="sqlspace-aio")
+
+
 def _start(run: Callable[[], None], name: str) -> threading.Thread:
     thread = threading.Thread(target=run, name=name, daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError as error:  # the process may have no more threads
+        raise StoreError(f"no thread for coroutines: {error}") from error
     return thread
 
 
 def _tell(jobs: list[_Job]) -> None:
     """In their loop."""
-    for job in jobs:
-        if not job.future.done():  # else it was cancelled
-            job.future.set_result(None)
+    try:
+        for job in jobs:
+            if not job.future.done():  # else it was cancelled
+                job.future.set_result(None)
+    except BaseException:  # Ctrl-C: the others would wait for ever, and asyncio.run for them
+        jobs[0].loop.call_soon(_tell, jobs)
+        raise
 
 
 _all: weakref.WeakSet[Engine] = weakref.WeakSet()

@@ -91,5 +91,5 @@ class Local:
         return await wait(vigil, _at_once)
 
 
-async def _at_once(step: Callable[[], Any]) -> Any:
+async def _at_once(step: Callable[[], Any], _: Callable[[], object]) -> Any:
     return step()

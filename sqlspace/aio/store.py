@@ -38,7 +38,8 @@ class Store:
     Its verbs are those of `sqlspace.Store`, awaited; instead of `timeout` and `context` there are
     `asyncio.timeout` and cancellation. A verb that was cancelled did nothing, and is cancelled as
     soon as that is certain: an entry was returned, or it is in the store. That is so for all that
-    push, take, claim and settle; any other verb is finished first, and its outcome lost.
+    push, take, claim and settle, but for a nack, and for a push whose entry another has taken by
+    then: they may stay done. Any other verb is finished first, and its outcome lost.
 
     Args:
         sync: A Store, which threads may go on using; closing either closes both.
@@ -227,22 +228,24 @@ class Store:
         during the commit, it may have been done.
         """
         check_callable(function, "function")
+        loop = asyncio.get_running_loop()
         cancelled = False
 
         def run() -> T:
             with self._store.transaction() as together:
                 outcome = function(together)
-                if cancelled:
+                if cancelled or loop.is_closed():
                     raise _RollBackError
                 return outcome
 
         begun = asyncio.ensure_future(self._engine.call(run))
         try:
             return await asyncio.shield(begun)
-        except asyncio.CancelledError:
+        except BaseException as error:
             cancelled = True
-            with contextlib.suppress(Exception):
-                await to_the_end(begun)
+            if not isinstance(error, GeneratorExit):  # then nothing can be awaited
+                with contextlib.suppress(Exception):
+                    await to_the_end(begun)
             raise
 
     def space(
@@ -327,7 +330,7 @@ class Store:
     def __del__(self) -> None:
         engine = self.__dict__.get("_engine")
         if engine is not None:
-            engine.close()
+            engine.forsake()
 
     def __repr__(self) -> str:
         return f"<sqlspace.aio {self._store!r}>"
@@ -364,7 +367,15 @@ class _Opening:
         self._store: Store
 
     async def _open(self) -> Store:
-        return Store(await asyncio.to_thread(self._begin))
+        run = asyncio.get_running_loop().run_in_executor
+        opened: list[store.Store] = []
+        try:
+            await to_the_end(run(None, lambda: opened.append(self._begin())))
+        except BaseException:
+            for each in opened:
+                await to_the_end(run(None, each.close))
+            raise
+        return Store(opened[0])
 
     def __await__(self) -> Generator[Any, None, Store]:
         return self._open().__await__()

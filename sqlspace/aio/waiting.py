@@ -17,8 +17,8 @@ __all__ = ["Run", "to_the_end", "wait"]
 
 T = TypeVar("T")
 
-Run = Callable[[Callable[[], Any]], Awaitable[Any]]
-"""Calls a function, to its end even if the task is cancelled meanwhile."""
+Run = Callable[[Callable[[], Any], Callable[[], object]], Awaitable[Any]]
+"""Calls a function to its end; the other one too, if the task is cancelled meanwhile."""
 
 
 async def wait(vigil: Vigil, run: Run, *, looked: bool = False) -> Any:
@@ -29,8 +29,15 @@ async def wait(vigil: Vigil, run: Run, *, looked: bool = False) -> Any:
     over = False
 
     def advance() -> float | None:
+        if over:
+            return None
         with lock:
             return None if over else vigil.advance(steps)
+
+    def call_off() -> None:
+        nonlocal over
+        over = True
+        vigil.call_off()
 
     def end() -> None:
         nonlocal over
@@ -43,7 +50,7 @@ async def wait(vigil: Vigil, run: Run, *, looked: bool = False) -> Any:
             _thread.start_new_thread(end, ())
 
     try:
-        while (seconds := await run(advance)) is not None:
+        while (seconds := await run(advance, call_off)) is not None:
             await _sleep(waiter, seconds, abandon)
     except GeneratorExit:
         # Thrown away unfinished, so nothing can be awaited; and perhaps by the garbage collector in
@@ -51,7 +58,7 @@ async def wait(vigil: Vigil, run: Run, *, looked: bool = False) -> Any:
         abandon()
         raise
     except BaseException:
-        await to_the_end(run(end))
+        await to_the_end(run(end, lambda: None))
         raise
     return waiter.found
 
@@ -84,8 +91,12 @@ async def _sleep(waiter: Waiter, seconds: float, abandon: Callable[[], None]) ->
         waiter.listen(None)
 
 
-async def to_the_end(awaitable: Awaitable[T]) -> T:
+async def to_the_end(awaitable: Awaitable[T], call_off: Callable[[], object] = lambda: None) -> T:
     """What it returns; it goes on, and this waits for it, even if the task is cancelled meanwhile.
+
+    Args:
+        awaitable: Awaited.
+        call_off: Called then, to have that end the sooner.
 
     Raises:
         CancelledError: The task was cancelled, but only now.
@@ -97,6 +108,7 @@ async def to_the_end(awaitable: Awaitable[T]) -> T:
             await asyncio.wait([future])
         except asyncio.CancelledError as error:
             cancelled = error
+            call_off()
     if cancelled is not None:
         future.exception()  # else the loop would tell that nobody asked
         raise cancelled
