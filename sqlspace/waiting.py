@@ -14,13 +14,12 @@ CPython delivers Ctrl-C at a jump backwards too, and from 3.12 on compiles some 
 handler, so that a lock stayed taken. Such a loop is a function of its own.
 
 Backends differ in how they look, leave and restore, and in how they park; in nothing else, and all
-of that is a `Vigil`. Threads carry out its steps here, coroutines in `sqlspace.aio`.
+of that is a `Vigil`. Threads keep it here, coroutines in `sqlspace.aio`.
 """
 
 import threading
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any, Final
 
 from .arguments import check_timeout
@@ -95,10 +94,6 @@ def surely(step: Callable[[], None]) -> BaseException | None:
             interrupt = error
 
 
-Steps = Iterator[Callable[[], object] | float]
-"""Of a wait: what to call, and the seconds to park."""
-
-
 class Vigil:
     """How one wait looks, leaves and gives back, and how it parks: all in which backends differ.
 
@@ -135,12 +130,11 @@ class Vigil:
         self.horizon = horizon
         self.call_off = call_off
 
-    def steps(
+    def parks(
         self, waiter: Waiter, deadline: float | None, context: Context | None, *, looked: bool
-    ) -> Steps:
-        """What the wait does, one step after the other, until the waiter has found something.
+    ) -> Iterator[float]:
+        """Look until the waiter has found something; yields the seconds to park, each time.
 
-        To be carried out by `advance`, with a park after each, until that says that it is over.
         When it raises, or when an interrupt cuts it off, `end` must follow.
 
         Args:
@@ -150,14 +144,14 @@ class Vigil:
             looked: Whether the caller has just looked, in vain: then the first look is enrolled.
 
         Raises:
-            ClosedError, CanceledError, DeadlineError: in this order.
+            ClosedError, CanceledError, DeadlineError: in this order; what a look raises.
         """
         enroll = looked  # most waits find something at the first look, and need not enroll
         while True:
             self.ensure_open()
             if context is not None and context.canceled:
                 raise CanceledError("the wait's context was canceled")
-            yield partial(self.look, waiter, enroll)
+            self.look(waiter, enroll)
             if waiter.found is not MISSING:
                 break
             remaining = LOOK_AGAIN_SECONDS
@@ -165,24 +159,16 @@ class Vigil:
                 remaining = min(remaining, deadline - time.monotonic())
                 if remaining <= 0:
                     if enroll:  # what it is handed until it has left is taken, though late: given
-                        yield partial(self.leave, waiter)  # back, another's would overtake it
+                        self.leave(waiter)  # back, another's would overtake it
                     if waiter.found is MISSING:
                         raise DeadlineError("the wait's time is over")
                     return
             if enroll:
-                yield remaining
+                ahead = self.horizon()
+                yield remaining if ahead is None else max(0.0, min(remaining, ahead))
             enroll = True
         if enroll:
-            yield partial(self.leave, waiter)
-
-    def advance(self, steps: Steps) -> float | None:
-        """Carry out the steps up to the next park; its seconds, at most, or None: it is over."""
-        for step in steps:
-            if not callable(step):
-                ahead = self.horizon()
-                return step if ahead is None else max(0.0, min(step, ahead))
-            step()
-        return None
+            self.leave(waiter)
 
     def end(self, waiter: Waiter) -> None:
         """Undo all that a wait has done. Idempotent."""
@@ -200,7 +186,7 @@ def wait(
         vigil: What is waited for.
         timeout: Seconds, None for ever.
         context: Another bound, or None.
-        looked: As `Vigil.steps` has it.
+        looked: As `Vigil.parks` has it.
 
     Raises:
         ClosedError, CanceledError, DeadlineError: in this order; what a look raises.
@@ -212,7 +198,7 @@ def wait(
     try:
         if context is not None:
             context._register(waiter)  # noqa: SLF001  # Context and its waits are one piece
-        _carry_out(vigil, waiter, vigil.steps(waiter, deadline, context, looked=looked))
+        _park_as_told(vigil, waiter, vigil.parks(waiter, deadline, context, looked=looked))
         if context is not None:
             context._unregister(waiter)  # noqa: SLF001
     except BaseException:
@@ -233,8 +219,8 @@ def wait(
     return waiter.found
 
 
-def _carry_out(vigil: Vigil, waiter: Waiter, steps: Steps) -> None:
-    while (seconds := vigil.advance(steps)) is not None:
+def _park_as_told(vigil: Vigil, waiter: Waiter, parks: Iterator[float]) -> None:
+    for seconds in parks:
         vigil.park(waiter, seconds)
 
 

@@ -2,7 +2,7 @@
 
 An operation goes to the one worker thread, which carries out all that have come by then, in one
 commit: 64 coroutines that push share it with no more threads than one does. Everything else runs in
-the threads of a pool, as a caller's thread would run it; that includes the steps of a wait, which
+the threads of a pool, as a caller's thread would run it; that includes the looks of a wait, which
 last as long as a look does, never as long as the wait.
 
 The law of cancellation: a call that raises CancelledError did nothing. An operation that was not

@@ -1,4 +1,4 @@
-"""How a coroutine carries out a vigil: elsewhere up to the next park, and that asleep in its loop.
+"""How a coroutine keeps a vigil: it looks elsewhere, and is parked asleep in its loop.
 
 What was begun is brought to its end before a cancellation goes on, for what it finds must be given
 back; so it is never awaited bare.
@@ -24,7 +24,7 @@ Run = Callable[[Callable[[], Any], Callable[[], object]], Awaitable[Any]]
 async def wait(vigil: Vigil, run: Run, *, looked: bool = False) -> Any:
     """Wait until something is found, and return that; as `sqlspace.waiting.wait`."""
     waiter = Waiter()
-    steps = vigil.steps(waiter, None, None, looked=looked)
+    parks = vigil.parks(waiter, None, None, looked=looked)
     lock = threading.Lock()  # while it advances
     over = False
 
@@ -32,7 +32,7 @@ async def wait(vigil: Vigil, run: Run, *, looked: bool = False) -> Any:
         if over:
             return None
         with lock:
-            return None if over else vigil.advance(steps)
+            return None if over else next(parks, None)
 
     def call_off() -> None:
         nonlocal over

@@ -1524,10 +1524,10 @@ MUTANTS = [
     _mutant(
         "late-before-it-looked",
         "a timeout of nothing doesn't look",
-        "            yield partial(self.look, waiter, enroll)\n            if waiter.found is not MISSING:\n                break\n",
+        "            self.look(waiter, enroll)\n            if waiter.found is not MISSING:\n                break\n",
         "            if deadline is not None and time.monotonic() >= deadline:\n"
         '                raise DeadlineError("the wait\'s time is over")\n'
-        "            yield partial(self.look, waiter, enroll)\n            if waiter.found is not MISSING:\n                break\n",
+        "            self.look(waiter, enroll)\n            if waiter.found is not MISSING:\n                break\n",
         "bad_input::a_timeout_of_nothing_looks_exactly_once",
         "context::a_context_whose_time_is_over_still_looks",
     ),
@@ -1551,8 +1551,8 @@ MUTANTS = [
     _mutant(
         "a-wait-stays-enrolled",
         "a wait that ended gets a ring that is another's",
-        "        if enroll:\n            yield partial(self.leave, waiter)\n",
-        "        if not enroll:\n            yield partial(self.leave, waiter)\n",
+        "        if enroll:\n            self.leave(waiter)\n",
+        "        if not enroll:\n            self.leave(waiter)\n",
         "doorbell::waiters_leave_nothing_behind",
     ),
     _mutant(
