@@ -73,9 +73,11 @@ async def _rate(verb: Callable[[], Awaitable[object]], count: int, seconds: floa
 
     async def work() -> None:
         nonlocal done
-        while time.perf_counter() < end:
+        while True:  # one at least
             await verb()
             done += 1
+            if time.perf_counter() >= end:
+                return
 
     start = time.perf_counter()
     await asyncio.gather(*(work() for _ in range(count)))

@@ -57,6 +57,12 @@ class _Client(nats.aio.client.Client):
         await super().flush(timeout)
         await super().flush(timeout)
 
+    async def _select_next_server(self) -> None:
+        """Connect to the next; nats-py leaves the socket of an attempt that failed to the GC."""
+        if self._transport:
+            self._transport.close()
+        await super()._select_next_server()
+
     async def send_commands(self, commands: bytes) -> None:
         """Send lines of the protocol, as a publish does when it has made its own."""
         await self._send_command(commands)
