@@ -60,7 +60,7 @@ class _Client(nats.aio.client.Client):
     async def _select_next_server(self) -> None:
         """Connect to the next; nats-py leaves the socket of an attempt that failed to the GC."""
         if self._transport:
-            self._transport.close()
+            self._transport.close()  # type: ignore[no-untyped-call]
         await super()._select_next_server()
 
     async def send_commands(self, commands: bytes) -> None:
