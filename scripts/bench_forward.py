@@ -132,6 +132,7 @@ def _publishes(url: str, total: int, under_way: int) -> float:
 async def _publish(url: str, total: int, under_way: int) -> float:
     import nats
 
+    under_way = min(under_way, total)
     name = f"raw{next(_names)}"
     await _make(url, {"name": name, "subjects": [f"{name}.*"]})
     client = await nats.connect(url)
